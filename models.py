@@ -1,0 +1,682 @@
+"""Models: tables of variants, the one skeleton that they share, and building, loading, saving and fusing them.
+
+    python models.py                                    # prints the catalogue: every model and every word of every slot
+    model = models.build("segformer_b2", attn="lsra", ffn="dest", head="light_ham")
+
+A published size is a row of SIZES; a model is such a row plus one word for each slot (layers.py has the dicts of words);
+everything else is an override by keyword or flag, also stage by stage: attn="lsra,lsra,sra,sra".
+"""
+import argparse
+import copy
+import io
+import json
+import mmap
+import os
+import pathlib
+import re
+import zipfile
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+
+import torch
+from torch import nn
+
+import layers
+from layers import ATTENTION, EMBED, FFN, HEAD, NORM, SKIP, UserError
+
+SLOTS = {"embed": EMBED, "attn": ATTENTION, "ffn": FFN, "norm": NORM, "skip": SKIP, "head": HEAD}
+CLASSES = {"seg": 150, "cls": 1000}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Size:
+    """One published size: the numbers of its paper's table. Four-tuples run over the stages."""
+    dims: tuple
+    depths: tuple
+    heads: tuple = (1, 2, 5, 8)
+    reductions: tuple = (8, 4, 2, 1)        # R of the spatial reduction
+    ratios: tuple = (4, 4, 4, 4)            # FFN expansion
+    width: int = 768                        # of the all-MLP head
+    decoder: int | tuple | None = None      # width of the row's own head, where that is not the all-MLP one
+    rank: int = 64                          # bases of an NMF head
+    drop_path: tuple = (0.1, 0.1)           # (cls, seg), rising linearly over the blocks
+    eps: float = 1e-6                       # of the LayerNorms of blocks and stages; inner and embed norms are 1e-5 always
+    stage_norm: str = "trunk"               # a key of STAGE_NORM
+    init: str = "mit"                       # a key of INIT
+    groups: tuple | None = None             # Next-ViT: a transformer block closes each group of so many; 0 = none
+
+
+def mit(dims, *depths, **more):
+    """A row of MiT's shape: only the first width set and the depths differ."""
+    return Size({32: (32, 64, 160, 256), 64: (64, 128, 320, 512)}[dims], depths, **more)
+
+
+SIZES = {   # SegFormer, Table 6 (arXiv 2105.15203); the ratios are the released code's 4, not the ImageNet table's 8-8-4-4
+    "mit_b0": mit(32, 2, 2, 2, 2, width=256),
+    "mit_b1": mit(64, 2, 2, 2, 2, width=256),
+    "mit_b2": mit(64, 3, 4, 6, 3),
+    "mit_b3": mit(64, 3, 4, 18, 3),
+    "mit_b4": mit(64, 3, 8, 27, 3),
+    "mit_b5": mit(64, 3, 6, 40, 3),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model: a row of SIZES and a word for each slot; a tuple of four words gives the stages different blocks."""
+    name: str
+    size: str
+    embed: str | tuple = "overlap"
+    attn: str | tuple = "sra"
+    ffn: str | tuple = "mix"
+    norm: str | tuple = "ln"
+    skip: str | tuple = "pre"
+    head: str = "mlp"
+
+    @property
+    def overrides(self):
+        """{slot: words} where this differs from the named row."""
+        row = MODELS[self.name]
+        return {slot: getattr(self, slot) for slot in SLOTS if getattr(self, slot) != getattr(row, slot)}
+
+    def words(self, slot):
+        """The words of the four stages."""
+        word = getattr(self, slot)
+        return word if isinstance(word, tuple) else (word,) * 4
+
+    def __str__(self):
+        join = lambda word: word if isinstance(word, str) else "+".join(word)
+        return "-".join([self.name] + [f"{slot}={join(word)}" for slot, word in self.overrides.items()])
+
+
+MODELS = {spec.name: spec for spec in [
+    *(Spec(f"segformer_b{i}", f"mit_b{i}") for i in range(6)),
+]}
+
+DECODER_WIDTH = {"ham": 512, "light_ham": 512, "lawin": 512, "lawin_sum": 128, "fpn": 256}   # where the row names none
+
+# stage_norm: (norm class, stages that have one: all of them / the last for cls, does the next stage see the normed map?)
+STAGE_NORM = {
+    "trunk": (NORM["ln"], "all", True),         # SegFormer, PVTv2, SegNeXt
+    "none": (None, "none", True),               # DEST
+    "tap": (NORM["ln"], "seg", False),          # Swin: on the maps that the head reads; cls: one, at the end
+    "bn": (NORM["bn"], "seg", True),            # Next-ViT: segmentation puts one after each stage; cls: one, at the end
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The skeleton
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Stage(nn.Module):
+    """embed -> blocks -> norm. Returns (what the next stage receives, what the head receives)."""
+
+    def __init__(self, embed, blocks, norm, in_trunk):
+        super().__init__()
+        self.embed = embed
+        self.blocks = blocks
+        self.norm = norm
+        self.in_trunk = in_trunk
+
+    def forward(self, x):
+        x = self.blocks(self.embed(x))
+        out = self.norm(x)
+        return (out if self.in_trunk else x), out
+
+
+class Encoder(nn.Module):
+    """Four stages: images (B, 3, H, W) -> maps at strides 4, 8, 16, 32, each side rounded up."""
+
+    def __init__(self, stages, smallest):
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.smallest = smallest
+
+    def forward(self, images):
+        if min(images.shape[2:]) < self.smallest:
+            raise UserError(f"image of {images.shape[3]} x {images.shape[2]} pixels: this model's blocks need at least "
+                            f"{self.smallest} pixels a side; resize it or choose other attention words")
+        x, maps = images, []
+        for stage in self.stages:
+            x, out = stage(x)
+            maps.append(out)
+        return maps
+
+
+class Model(nn.Module):
+    """An encoder and a head. task "seg": (B, 3, H, W) -> logits (B, K, h, w) at stride 4 or 8; "cls": -> (B, K)."""
+
+    def __init__(self, spec, task, num_classes, encoder, head):
+        super().__init__()
+        self.spec, self.task, self.num_classes = spec, task, num_classes
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, images):
+        return self.head(self.encoder(images))
+
+
+def build_stage(spec, i, task, rates, reads):
+    """Stage i with its embed, blocks and norm; `reads`: whether the head uses its map."""
+    size = SIZES[spec.size]
+    dim, heads, reduction, ratio = (t[i] for t in (size.dims, size.heads, size.reductions, size.ratios))
+    words = {slot: SLOTS[slot][spec.words(slot)[i]] for slot in ("embed", "attn", "ffn", "norm", "skip")}
+    # the row's eps is a LayerNorm's; a BatchNorm has 1e-5 in every source
+    norm = partial(words["norm"], eps=size.eps) if words["norm"] is NORM["ln"] else words["norm"]
+    blocks = []
+    for j, rate in enumerate(rates):
+        attn = words["attn"](dim, heads, reduction, j)
+        ffn = words["ffn"](dim, ratio)
+        blocks.append(layers.Block(words["skip"](attn, dim, norm, rate), words["skip"](ffn, dim, norm, rate)))
+    embed = words["embed"](size.dims[i - 1] if i else 3, dim, 2 if i else 4, words["norm"])
+    kind, where, in_trunk = STAGE_NORM[size.stage_norm]
+    wanted = where == "all" or where == "seg" and (reads if task == "seg" else i == 3)
+    stage_norm = nn.Identity()
+    if wanted:
+        stage_norm = kind(dim, eps=size.eps) if kind is NORM["ln"] else kind(dim)
+    return Stage(embed, nn.Sequential(*blocks), stage_norm, in_trunk)
+
+
+def build(name, task="seg", num_classes=None, drop_path=None, **slots):
+    """Build a model with fresh weights.
+
+    name: a key of MODELS; task: "seg" | "cls"; num_classes: 150 for seg, 1000 for cls unless given; drop_path: the last
+    block's rate, the row's own unless given; slots: embed, attn, ffn, norm, skip, head, each a word of layers.py or four
+    words (tuple, or separated by commas) for the four stages. Errors: UserError that lists the known words.
+    """
+    spec = make_spec(name, **slots)
+    if task not in CLASSES:
+        raise UserError(f"task {task!r} is not known; choose from: {', '.join(CLASSES)}")
+    size = SIZES[spec.size]
+    num_classes = CLASSES[task] if num_classes is None else num_classes
+    rate = size.drop_path[task == "seg"] if drop_path is None else drop_path
+    last = max(sum(size.depths) - 1, 1)
+    rates = [rate * i / last for i in range(sum(size.depths))]
+    head = HEAD[spec.head]
+    uses = head.uses if task == "seg" else (3,)
+    stages = []
+    for i, depth in enumerate(size.depths):
+        start = sum(size.depths[:i])
+        stages.append(build_stage(spec, i, task, rates[start:start + depth], i in uses))
+    if task == "seg":
+        head = head(size.dims, num_classes, head_width(spec), size.rank)
+    else:
+        head = layers.Classifier(size.dims[-1], num_classes)
+    model = Model(spec, task, num_classes, Encoder(stages, smallest_image(spec)), head)
+    INIT[size.init](model.encoder)
+    return model
+
+
+def make_spec(name, **slots):
+    """The Spec of a named row with some slots overridden; None leaves the row's word."""
+    if name not in MODELS:
+        raise UserError(f"model {name!r} is not known; choose from: {', '.join(MODELS)}")
+    chosen = {}
+    for slot, words in slots.items():
+        if slot not in SLOTS:
+            raise UserError(f"slot {slot!r} is not known; choose from: {', '.join(SLOTS)}")
+        if words is None:
+            continue
+        words = tuple(words.split(",")) if isinstance(words, str) else tuple(words)
+        for word in words:
+            if word not in SLOTS[slot]:
+                raise UserError(f"--{slot} {word!r} is not known; choose from: {', '.join(SLOTS[slot])}")
+        if len(words) not in ((1,) if slot == "head" else (1, 4)):
+            raise UserError(f"--{slot} {','.join(words)}: give one word" + (", or four, one for each stage" * (slot != "head")))
+        chosen[slot] = words[0] if len(set(words)) == 1 else words
+    spec = replace(MODELS[name], **chosen)
+    return spec
+
+
+def head_width(spec):
+    """Width of the decoder: the row's, where the row is about this head, else the head's usual one."""
+    size = SIZES[spec.size]
+    if spec.head in ("mlp", "mlp_concat"):
+        return size.width
+    own = size.decoder if spec.head == MODELS[spec.name].head else None
+    return DECODER_WIDTH[spec.head] if own is None else own
+
+
+def smallest_image(spec):
+    """Smallest side in pixels: each stage's grid, the side divided by 4, 8, 16, 32 and rounded up, must hold its reduction."""
+    size = SIZES[spec.size]
+    need = [getattr(ATTENTION[word], "smallest_grid", lambda r: 1)(r) for word, r in zip(spec.words("attn"), size.reductions)]
+    return max((n - 1) * 4 * 2 ** i + 1 for i, n in enumerate(need))
+
+
+def init_mit(encoder):
+    """MiT, PVTv2, DEST: Linear N(0, 0.02); convolutions N(0, sqrt(2 / fan_out)), fan_out = k² C_out / groups; biases 0.
+
+    trunc_normal_ there cuts at ±2, that is 100 standard deviations. Norms keep 1 and 0.
+    """
+    for m in encoder.modules():
+        if isinstance(m, nn.Conv2d):
+            fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
+            nn.init.normal_(m.weight, std=0.02 if isinstance(m, layers.Pointwise) else (2 / fan_out) ** 0.5)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+INIT = {"mit": init_mit}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line, descriptions, parameter groups
+# ---------------------------------------------------------------------------------------------------------------------
+
+def add_model_arguments(parser, default="segformer_b2"):
+    """The flags --model, --embed, --attn, --ffn, --norm, --skip, --head."""
+    parser.add_argument("--model", default=default, help=f"a row of `python models.py` (default {default})")
+    for slot, words in SLOTS.items():
+        per_stage = "" if slot == "head" else "; four words, comma-separated, for the four stages"
+        parser.add_argument(f"--{slot}", help=f"{' | '.join(words)}{per_stage} (default: the model's own)")
+
+
+def slots_from(args):
+    """{slot: words} of the slots given on the command line."""
+    return {slot: getattr(args, slot) for slot in SLOTS if getattr(args, slot) is not None}
+
+
+def describe(model):
+    """What `restore` needs to build the model again, in primitives."""
+    slots = {slot: word if isinstance(word, str) else list(word) for slot, word in model.spec.overrides.items()}
+    return {"name": model.spec.name, "slots": slots, "task": model.task, "num_classes": model.num_classes}
+
+
+def from_description(description, **overrides):
+    """Build the model of `describe`; overrides as the keywords of `build`."""
+    d = {**description, **overrides}
+    return build(d["name"], d["task"], d["num_classes"], d.get("drop_path"), **d["slots"])
+
+
+def parameter_groups(model, lr, weight_decay, head_lr_factor=10.0):
+    """Groups for AdamW: the head learns `head_lr_factor` times as fast (SegFormer's recipe, a new decoder on a trained
+    encoder); norms, biases, layer scales and other vectors do not decay. Each group keeps its "lr_factor" for schedules."""
+    groups = {}
+    for name, p in model.named_parameters():
+        part = "head" if name.startswith("head.") else "encoder"
+        decays = p.ndim > 1 and "bias_table" not in name
+        groups.setdefault((part, decays), []).append(p)
+    return [{"name": f"{part}, {'decayed' if decays else 'not decayed'}", "params": params,
+             "lr_factor": (factor := head_lr_factor if part == "head" else 1.0), "lr": lr * factor,
+             "weight_decay": weight_decay if decays else 0.0}
+            for (part, decays), params in groups.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: plain tensors and primitives, read without running code, written atomically
+# ---------------------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of tensors and primitives; a reader, or a crash, sees the old file or the whole new one, never a part."""
+    buffer = io.BytesIO()           # torch.save straight to a full disk fails without saying why; one write() does say
+    torch.save(checkpoint, buffer)
+    path = pathlib.Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the checkpoint ({error.strerror}); the previous one, if any, is untouched")
+
+
+def read_checkpoint(path):
+    """Read a .pt / .pth / .bin file -> its content, on the CPU. Runs no code: weights_only, and archives that claim more
+    than the file holds are refused before any of it is read. Errors: UserError with the file's name and the reason."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+                if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or \
+                        sum(e.file_size for e in entries) > os.path.getsize(path):
+                    raise UserError(f"{path}: not a checkpoint as torch.save writes it (compressed or overlapping parts); refused")
+                if (bad := archive.testzip()) is not None:      # torch.load does not look at the check sums
+                    raise UserError(f"{path}: damaged (check sum of {bad}); copy or download the file again")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file")
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, not a checkpoint file")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})")
+    except UserError:
+        raise
+    except Exception as error:      # torch.load reports a broken file by nearly any type of exception
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise UserError(f"{path}: holds Python objects that would run code when loaded, not only tensors; refused. "
+                            "If you trust its source, save its state_dict() alone")
+        raise UserError(f"{path}: not a readable checkpoint (truncated, damaged or another format)")
+    for tensor in _tensors(checkpoint):
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: a tensor of shape {tuple(tensor.shape)} claims more elements than the file holds; refused")
+    return checkpoint
+
+
+def _tensors(tree):
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(value)
+
+
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+               "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """Read a .safetensors file -> {name: tensor}, mapped from the disk: 8 bytes length, a JSON header, the raw tensors.
+
+    Every number in the header is checked against the file before it is used. Errors: UserError.
+    """
+    def refuse(reason):
+        raise UserError(f"{path}: not a valid safetensors file ({reason})")
+    try:
+        total = os.path.getsize(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if total < 8 or length > min(total - 8, 100_000_000):       # the format's own limit for a header
+                refuse(f"it has {total} bytes and claims a header of {length}")
+            header = json.loads(file.read(length).decode("utf-8"))
+            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})")
+    except (ValueError, RecursionError):
+        refuse("its header is not JSON")
+    if not isinstance(header, dict):
+        refuse("its header is not a table")
+    header.pop("__metadata__", None)
+    entries, end, start = {}, 0, 8 + length
+    try:
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            shape, dtype = entry["shape"], SAFETENSORS[entry["dtype"]]
+            if not all(type(n) is int and 0 <= n <= total for n in (*shape, first, last)):
+                refuse(f"{name}: a size or offset is out of range")
+            entries[name] = first, last, shape, dtype
+    except (KeyError, TypeError, ValueError):
+        refuse("an entry lacks a known dtype, a shape or two offsets")
+    tensors = {}
+    for name, (first, last, shape, dtype) in sorted(entries.items(), key=lambda e: e[1][:2]):
+        count = 1
+        for n in shape:
+            count *= n
+        if first != end or last - first != count * dtype.itemsize or start + last > total:
+            refuse(f"{name}: its bytes {first}:{last} overlap, leave a hole, or do not fit its shape {shape} or the file")
+        end = last
+        tensors[name] = torch.frombuffer(raw, dtype=dtype, count=count, offset=start + first).view(shape) if count else \
+            torch.empty(shape, dtype=dtype)
+    if start + end != total:
+        refuse(f"{total - start - end} bytes behind the last tensor")
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public weights: key maps, ours on the left and theirs on the right, read both ways
+# ---------------------------------------------------------------------------------------------------------------------
+
+# {i} stage and {j} block from 0, {I} stage from 1. "a + b": two tensors that we hold as one, stacked along the first axis.
+NVLABS = """
+    encoder.stages.{i}.embed.conv                   patch_embed{I}.proj
+    encoder.stages.{i}.embed.norm                   patch_embed{I}.norm
+    encoder.stages.{i}.blocks.{j}.attn.norm         block{I}.{j}.norm1
+    encoder.stages.{i}.blocks.{j}.attn.branch       block{I}.{j}.attn
+    encoder.stages.{i}.blocks.{j}.ffn.norm          block{I}.{j}.norm2
+    encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv block{I}.{j}.mlp.dwconv.dwconv
+    encoder.stages.{i}.blocks.{j}.ffn.branch        block{I}.{j}.mlp
+    encoder.stages.{i}.norm                         norm{I}
+    head.fc                                         head
+    head.projections.{i}                            decode_head.linear_c{I}.proj
+    head.fuse.conv                                  decode_head.linear_fuse.conv
+    head.fuse.norm                                  decode_head.linear_fuse.bn
+    head.classifier                                 decode_head.linear_pred
+"""
+HF_SEGFORMER = """
+    encoder.stages.{i}.embed.conv                   segformer.encoder.patch_embeddings.{i}.proj
+    encoder.stages.{i}.embed.norm                   segformer.encoder.patch_embeddings.{i}.layer_norm
+    encoder.stages.{i}.blocks.{j}.attn.norm         segformer.encoder.block.{i}.{j}.layer_norm_1
+    encoder.stages.{i}.blocks.{j}.attn.branch.q     segformer.encoder.block.{i}.{j}.attention.self.query
+    encoder.stages.{i}.blocks.{j}.attn.branch.kv    segformer.encoder.block.{i}.{j}.attention.self.key + segformer.encoder.block.{i}.{j}.attention.self.value
+    encoder.stages.{i}.blocks.{j}.attn.branch.sr    segformer.encoder.block.{i}.{j}.attention.self.sr
+    encoder.stages.{i}.blocks.{j}.attn.branch.norm  segformer.encoder.block.{i}.{j}.attention.self.layer_norm
+    encoder.stages.{i}.blocks.{j}.attn.branch.proj  segformer.encoder.block.{i}.{j}.attention.output.dense
+    encoder.stages.{i}.blocks.{j}.ffn.norm          segformer.encoder.block.{i}.{j}.layer_norm_2
+    encoder.stages.{i}.blocks.{j}.ffn.branch.fc1    segformer.encoder.block.{i}.{j}.mlp.dense1
+    encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv segformer.encoder.block.{i}.{j}.mlp.dwconv.dwconv
+    encoder.stages.{i}.blocks.{j}.ffn.branch.fc2    segformer.encoder.block.{i}.{j}.mlp.dense2
+    encoder.stages.{i}.norm                         segformer.encoder.layer_norm.{i}
+    head.fc                                         classifier
+    head.projections.{i}                            decode_head.linear_c.{i}.proj
+    head.fuse.conv                                  decode_head.linear_fuse
+    head.fuse.norm                                  decode_head.batch_norm
+    head.classifier                                 decode_head.classifier
+"""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way of naming tensors. keys: rows "ours theirs", or None where the names are ours; prefix: of the encoder inside a
+    segmentor's file; dead: names that the files carry and no forward pass uses; fresh: ours that such files never have."""
+    name: str
+    keys: str | None = None
+    prefix: str = ""
+    dead: str = r"$^"
+    fresh: str = r"$^"
+
+    def rename(self, key):
+        """Our parameter name -> the list of theirs (more than one: stacked), or [] where the format has no such tensor."""
+        if self.keys is None:
+            return [key]
+        for ours, theirs in key_rows(self.keys):
+            if match := ours.match(key):
+                index = {name: int(value) for name, value in match.groupdict().items()}
+                index |= {name.upper(): value + 1 for name, value in index.items()}
+                prefix = self.prefix if key.startswith("encoder.") else ""
+                return [prefix + part.format(**index) + key[match.end():] for part in theirs]
+        return []
+
+
+@lru_cache
+def key_rows(table):
+    """The rows of a key map: (pattern of our name, their parts)."""
+    rows = []
+    for line in table.strip().splitlines():
+        ours, theirs = line.split(maxsplit=1)
+        pattern = re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(ours))
+        rows.append((re.compile(pattern + r"(?=\.)"), [part.strip() for part in theirs.split(" + ")]))
+    return rows
+
+
+FORMATS = [
+    Format("own checkpoint"),
+    Format("NVlabs segmentor", NVLABS, prefix="backbone.", dead=r"decode_head\.conv_seg\."),
+    Format("NVlabs encoder", NVLABS),
+    Format("Hugging Face SegFormer", HF_SEGFORMER),
+]
+HEADS = re.compile(r"(head|classifier|decode_head|auxiliary_head|neck|proj_head)\.")      # of any file: may be left unread
+
+
+@dataclass
+class Report:
+    """What load_pretrained did: the format it saw, our names that were loaded / are missing / are new by design (fresh),
+    and the file's names that found no place (unexpected)."""
+    format: str
+    loaded: list = field(default_factory=list)
+    missing: list = field(default_factory=list)
+    unexpected: list = field(default_factory=list)
+    fresh: list = field(default_factory=list)
+
+    def __str__(self):
+        def some(names):
+            return f"{len(names)}" + (f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else "")
+        return (f"{self.format}: loaded {len(self.loaded)} tensors; new by design, freshly initialised: {some(self.fresh)}; "
+                f"missing: {some(self.missing)}; unexpected in the file, not used: {some(self.unexpected)}")
+
+
+def read_weights(source):
+    """Path, Hugging Face directory or dict -> (name for messages, flat {name: tensor})."""
+    if isinstance(source, dict):
+        return "the given dict", flat_state(source, "the given dict")
+    path = pathlib.Path(source)
+    if path.is_dir():
+        found = [path / n for n in ("model.safetensors", "pytorch_model.bin") if (path / n).exists()]
+        if not found:
+            raise UserError(f"{path}: holds neither model.safetensors nor pytorch_model.bin; give a checkpoint file or a hub directory")
+        path = found[0]
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+    return str(path), flat_state(content, path)
+
+
+def flat_state(content, path):
+    """Unwrap the usual envelopes: our own (EMA weights if there are any), {"state_dict": ..}, {"model": ..}, DDP's "module."."""
+    if isinstance(content, dict) and "spec" in content and content.get("ema"):
+        content = content["ema"]
+    for envelope in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(envelope), dict):
+            content = content[envelope]
+    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
+        raise UserError(f"{path}: holds no state dict (a table of named tensors)")
+    state = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    if not state:
+        raise UserError(f"{path}: holds no tensors")
+    return state
+
+
+def matches(model, state, form):
+    """How many of the model's tensors the file has, under a format's names and in the right shape."""
+    return sum(bool(names := form.rename(key)) and all(n in state for n in names) and fits(names, state, target)
+               for key, target in model.state_dict().items())
+
+
+def fits(names, state, target):
+    """Same shape, up to trailing ones: a Linear, a Conv1d and a 1x1 convolution hold the same matrix."""
+    shapes = [list(state[n].shape) for n in names]
+    shape = [sum(s[0] for s in shapes), *shapes[0][1:]] if shapes[0] else []
+    return strip_ones(shape) == strip_ones(target.shape)
+
+
+def strip_ones(shape):
+    shape = list(shape)
+    while len(shape) > 2 and shape[-1] == 1:
+        shape.pop()
+    return shape
+
+
+def load_pretrained(model, source):
+    """Load weights from our checkpoints, a family's original files, or Hugging Face's -> Report.
+
+    source: path (.pt, .pth, .bin, .safetensors), Hugging Face directory (nothing is downloaded), or dict of tensors.
+    The format is recognised by its key names. A head that the file does not have, and a classifier of another class
+    count, keep their fresh weights and are listed; anything else that is missing or does not fit is a UserError, and
+    then the model is as it was.
+    """
+    path, state = read_weights(source)
+    present = {form: sum(bool(names := form.rename(key)) and all(n in state for n in names) for key in model.state_dict())
+               for form in FORMATS}
+    form = max(FORMATS, key=present.get)
+    if present[form] == 0:
+        raise UserError(f"{path}: none of its {len(state)} tensors ({', '.join(list(state)[:3])}, ...) belongs to {model.spec}; "
+                        f"known formats: {', '.join(f.name for f in FORMATS)}")
+    report, values, used, misfits = Report(form.name), {}, set(), []
+    for key, target in model.state_dict().items():
+        names = form.rename(key)
+        if not names or not all(n in state for n in names):
+            if not key.endswith("num_batches_tracked"):         # a counter that older files lack
+                report.missing.append(key)
+            continue
+        used.update(names)
+        if fits(names, state, target):
+            values[key] = torch.cat([state[n] for n in names]) if len(names) > 1 else state[names[0]]
+        elif key.startswith(("head.classifier.", "head.fc.")) and state[names[0]].shape[1:].numel() == target.shape[1:].numel():
+            report.fresh.append(key)                            # another class count
+        else:
+            misfits.append(key)
+    new_head = not any(key.startswith("head.") for key in [*values, *misfits, *report.fresh])
+    is_fresh = lambda key: new_head and key.startswith("head.") or re.match(form.fresh, key)
+    report.fresh += [key for key in report.missing if is_fresh(key)]
+    report.missing = [key for key in report.missing if not is_fresh(key)]
+    report.unexpected = [n for n in state if n not in used and not re.match(form.dead, n) and not n.endswith("num_batches_tracked")]
+    foreign = [n for n in report.unexpected if not HEADS.match(n)]
+    if misfits or report.missing or foreign:
+        raise UserError(f"{path}: does not fit {model.spec} ({form.name}; {len(misfits)} tensors of another shape{example(misfits)}, "
+                        f"{len(report.missing)} missing{example(report.missing)}, {len(foreign)} unexpected{example(foreign)})"
+                        + looks_like(model, state, form))
+    with torch.no_grad():
+        for key, target in model.state_dict().items():
+            if key in values:
+                target.copy_(values[key].reshape(target.shape))
+    report.loaded = list(values)
+    return report
+
+
+def example(names):
+    return f", e.g. {names[0]}" if names else ""
+
+
+def looks_like(model, state, form):
+    """"; it looks like NAME" for the row of MODELS whose encoder fits best, if that is another row than the model's."""
+    scores = {}
+    with torch.device("meta"):
+        for name in MODELS:
+            encoder = build(name, model.task).encoder
+            wanted = [("encoder." + k, v) for k, v in encoder.state_dict().items()]
+            hits = sum(bool(n := form.rename(k)) and all(x in state for x in n) and fits(n, state, v) for k, v in wanted)
+            scores[name] = hits - (len(wanted) - hits)          # the row that explains most and lacks least
+    best = max(scores, key=scores.get)
+    return f"; it looks like {best}" if scores[best] > 0 and best != str(model.spec) else ""
+
+
+def restore(checkpoint):
+    """The model that a training script's checkpoint describes, with its weights (the EMA's, where there are any)."""
+    if not isinstance(checkpoint, dict) or not {"spec", "model"} <= checkpoint.keys():
+        raise UserError("not a checkpoint of train_seg.py or train_cls.py; public weights go to --pretrain together with --model")
+    model = from_description(checkpoint["spec"])
+    try:
+        model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint's weights do not fit its own model {model.spec}: {str(error).splitlines()[1].strip()}")
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inference
+# ---------------------------------------------------------------------------------------------------------------------
+
+def fuse(model):
+    """An inference copy with the same outputs: BatchNorm folded into the convolution before it, the all-MLP head merged."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for m in model.modules():
+        if isinstance(m, layers.ConvNorm) and isinstance(m.norm, nn.BatchNorm2d):
+            m.conv, m.norm = torch.nn.utils.fusion.fuse_conv_bn_eval(m.conv, m.norm), nn.Identity()
+    if isinstance(model.head, layers.MlpHead):
+        model.head = layers.MergedMlpHead(model.head)
+    return model
+
+
+def main():
+    """Print the catalogue: the rows of MODELS with their words and parameters, the words of each slot with their sources."""
+    argparse.ArgumentParser(description="Print every model and every word of every slot.").parse_args()
+    print(f"{'model':<18}{'seg M':>9}{'cls M':>9}  words")
+    for name, spec in MODELS.items():
+        with torch.device("meta"):
+            counts = [sum(p.numel() for p in build(name, task).parameters()) / 1e6 for task in CLASSES]
+        words = " ".join(f"{slot}={'+'.join(dict.fromkeys(spec.words(slot)))}" for slot in SLOTS)
+        print(f"{name:<18}{counts[0]:9.3f}{counts[1]:9.3f}  {words}")
+    for slot, words in SLOTS.items():
+        print(f"\n--{slot}")
+        for word, block in words.items():
+            print(f"  {word:<14}{(block.__doc__ or '').strip().splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    main()
