@@ -276,7 +276,7 @@ class UpsampledSum(nn.Module):
         self.project = MatMul()
 
     def forward(self, fuse, maps, projections=None):
-        """fuse: 1x1 convolution over the concatenation; maps, projections: in its order, finest map last -> (B, E, h, w)."""
+        """fuse: 1x1 convolution over the concatenation; maps, projections: in its order -> (B, E, h, w), the finest size."""
         weight, bias = fuse.weight.flatten(1), fuse.bias
         if projections is None:
             levels = weight.split([x.shape[1] for x in maps], 1)
@@ -286,9 +286,9 @@ class UpsampledSum(nn.Module):
             constant = (weight * torch.cat([p.bias for p in projections])).sum(1)       # Σ F_i b_i
             bias = constant if bias is None else bias + constant
         terms = []
-        for x, level in zip(maps, levels):
+        for x, level in sorted(zip(maps, levels), key=lambda pair: pair[0].shape[2:]):  # coarsest first
             y = self.project(x.permute(0, 2, 3, 1), level.T)                            # (B, h_i, w_i, E)
-            if bias is not None and x is maps[0]:
+            if bias is not None and not terms:
                 y = y + bias                                # on the coarsest map: a constant passes through up()
             terms.append(y.permute(0, 3, 1, 2))
         finest = terms.pop()
@@ -357,9 +357,330 @@ class MergedMlpHead(nn.Module):
         return self.classifier(self.act(x))
 
 
+class NMF(nn.Module):
+    """Global context by a low-rank model of the map, X ≈ C Dᵀ with C, D >= 0 ("Hamburger", arXiv 2109.04553 §2.2).
+
+    X (N, d) >= 0 has a pixel a row;  D₀ (d, R) random with columns of length 1;  C₀ = softmax(X D₀);  K times
+        C ← C ⊙ X D / (C DᵀD + ε);  D ← D ⊙ XᵀC / (D CᵀC + ε)
+    then C once more, and C Dᵀ is the output. steps = (K in training, K at evaluation).
+    one_step: the K updates are constants to the backward pass (its "one-step gradient", as in the paper's own release);
+    SegNeXt's code differentiates through all of them. The released code draws new bases at evaluation too, which makes
+    its answers random; here all evaluations share one draw. Always float32: XᵀC sums over all pixels and overflows float16.
+    Cost: (2K + 2) N d R + (2K + 1)(N + d) R², one N d R less than written: X D₀ serves the soft-max and the first update.
+    """
+
+    def __init__(self, dim, rank, steps, eps, one_step=False):
+        super().__init__()
+        self.train_steps, self.eval_steps = steps
+        self.eps = eps
+        self.one_step = one_step
+        self.matmul = MatMul()
+        self.register_buffer("bases", self.draw(dim, rank), persistent=False)               # (1, d, R)
+
+    @staticmethod
+    def draw(dim, rank):
+        bases = torch.rand(1, dim, rank, generator=torch.Generator().manual_seed(0), device="cpu")
+        return F.normalize(bases, dim=1)
+
+    def _apply(self, fn, recurse=True):
+        """The way of .to(), .half(), .to_empty(): the bases change their device, never their values."""
+        super()._apply(fn, recurse)
+        self.bases = self.draw(*self.bases.shape[1:]).to(self.bases.device)
+        return self
+
+    def forward(self, x):
+        device = "cpu" if x.is_meta else x.device.type                      # autocast knows no meta device
+        with torch.autocast(device, enabled=False):
+            t = tokens(x).to(torch.promote_types(x.dtype, torch.float32))   # (B, N, d)
+            return grid(self.approximate(t), x).to(x.dtype)
+
+    def approximate(self, x):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.one_step):
+            if self.training:
+                shape = (len(x), *self.bases.shape[1:])
+                bases = F.normalize(torch.rand(shape, dtype=x.dtype, device=x.device), dim=1).mT
+            else:
+                bases = self.bases.to(x).mT                                 # (1, R, d): Dᵀ keeps all products in x's order
+            codes = None
+            for _ in range(self.train_steps if self.training else self.eval_steps):
+                codes = self.update_codes(x, bases, codes)                  # (B, N, R)
+                gram = self.matmul(codes.mT, codes)                         # (B, R, R)
+                bases = bases * self.matmul(codes.mT, x) / (self.matmul(gram, bases) + self.eps)    # (B, R, d)
+        codes = self.update_codes(x, bases, codes)
+        return self.matmul(codes, bases)                                    # (B, N, d)
+
+    def update_codes(self, x, bases, codes):
+        product = self.matmul(x, bases.mT)                                  # (B, N, R)
+        if codes is None:
+            codes = product.softmax(-1)
+        gram = self.matmul(bases, bases.mT)                                 # (B, R, R)
+        return codes * product / (self.matmul(codes, gram) + self.eps)
+
+
+def conv_gn(in_dim, dim, act=None):
+    """1x1 convolution without bias, GroupNorm of 32 groups; He-normal on the fan-out."""
+    conv = Pointwise(in_dim, dim, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return ConvNorm(conv, nn.GroupNorm(32, dim), act)
+
+
+def classifier(dim, num_classes):
+    """mmseg's last layer: 1x1 convolution, N(0, 0.01)."""
+    conv = Pointwise(dim, num_classes)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+class HamHead(nn.Module):
+    """SegNeXt's decoder (§3.2), "LightHam": squeeze the last three maps, add their global context, align; stride 8.
+
+    X = ReLU(GN(S cat(x2, up(x3), up(x4))));  Y = ReLU(X + GN(U NMF(ReLU(L X + l))));  logits = V dropout2d(ReLU(GN(A Y))) + v
+    S by the identity of UpsampledSum, which saves E (C3 (N2 - N3) + C4 (N2 - N4)) multiply-adds.
+    """
+    uses = (1, 2, 3)
+
+    def __init__(self, dims, num_classes, width, rank):
+        super().__init__()
+        self.squeeze = conv_gn(sum(dims[1:]), width, nn.ReLU())
+        self.sum = UpsampledSum()
+        self.ham_in = Pointwise(width, width)
+        nn.init.kaiming_normal_(self.ham_in.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.ham_in.bias)
+        self.nmf = NMF(width, rank, steps=(6, 7), eps=1e-6)
+        self.ham_out = conv_gn(width, width)
+        self.act = nn.ReLU()
+        self.align = conv_gn(width, width, nn.ReLU())
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = classifier(width, num_classes)
+
+    def forward(self, maps):
+        x = self.sum(self.squeeze.conv, maps[1:])                   # (B, E, H/8, W/8)
+        x = self.squeeze.act(self.squeeze.norm(x))
+        context = self.nmf(self.act(self.ham_in(x)))                # (B, E, H/8, W/8)
+        x = self.act(x + self.ham_out(context))
+        return self.classifier(self.dropout(self.align(x)))         # (B, K, H/8, W/8)
+
+
+class LightHamHead(nn.Module):
+    """The original project's lighter Hamburger: squeeze, NMF, classify, and no norm; logits at stride 8.
+
+    X = ReLU(S cat(x2, up(x3), up(x4)));  logits = V dropout2d(X + NMF(X)) + v
+    NMF with the one-step gradient; all weights N(0, 0.02), as in its source; S computed as in HamHead.
+    """
+    uses = (1, 2, 3)
+
+    def __init__(self, dims, num_classes, width, rank):
+        super().__init__()
+        self.squeeze = Pointwise(sum(dims[1:]), width, bias=False)
+        self.sum = UpsampledSum()
+        self.act = nn.ReLU()
+        self.nmf = NMF(width, rank, steps=(6, 6), eps=1e-7, one_step=True)
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = Pointwise(width, num_classes)
+        nn.init.normal_(self.squeeze.weight, std=0.02)
+        nn.init.normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, maps):
+        x = self.act(self.sum(self.squeeze, maps[1:]))              # (B, E, H/8, W/8)
+        return self.classifier(self.dropout(x + self.nmf(x)))       # (B, K, H/8, W/8)
+
+
+WINDOW = 8      # side of Lawin's windows, in pixels at stride 8
+
+
+def windows(x, stride):
+    """(B, C, H, W) -> (P, C, 8, 8): its 8x8 windows, `stride` pixels apart, P in the whole batch; one copy, channels_last."""
+    x = x.unfold(2, WINDOW, stride).unfold(3, WINDOW, stride)                   # (B, C, h, w, 8, 8), a view
+    return x.permute(0, 2, 3, 4, 5, 1).flatten(0, 2).permute(0, 3, 1, 2)
+
+
+class PositionMixing(nn.Module):
+    """Lawin's mixing of a window's 64 positions: c + Wᵢᵀ c + bᵢ, one 64x64 matrix Wᵢ for each of h blocks of channels.
+
+    Zero at the start, as released, where W is the transpose of a Linear's weight. Cost: 64 C for each pixel.
+    """
+
+    def __init__(self, heads):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, WINDOW ** 2, WINDOW ** 2))
+        self.bias = nn.Parameter(torch.zeros(1, heads, 1, WINDOW ** 2))
+        self.matmul = MatMul()
+
+    def forward(self, x):
+        blocks = tokens(x).unflatten(2, (len(self.weight), -1))                 # (P, 64, h, C/h)
+        columns = blocks.permute(2, 1, 0, 3).flatten(2)                         # (h, 64, P C/h): few large products
+        mixed = self.matmul(self.weight.mT, columns) + self.bias[0].mT          # (h, 64, P C/h)
+        mixed = mixed.unflatten(2, (-1, blocks.shape[3])).permute(2, 1, 0, 3)   # (P, 64, h, C/h)
+        return grid((blocks + mixed).flatten(2), x)
+
+
+class LargeWindowAttention(nn.Module):
+    """Each 8x8 window attends to the 8R x 8R pixels around it, pooled to 8x8, with R² heads (Lawin, arXiv 2201.01615).
+
+    z = down_R(x);  c = context windows of z, 8/R apart;  with mixing c = mix(LN(c))
+    out = x + BN(Wo softmax(θ(x) φ(c)ᵀ / √d) g(c)), where BN starts at zero
+    As in the author's full release (the paper pools every window by itself): down_R is one strided separable convolution
+    of the whole map, and 0 is what lies outside of z. LN and, without mixing, φ and g are computed before the windows
+    overlap: the same numbers from up to R² times fewer pixels.
+    Where 8 does not divide a side the released code fails; here zeros continue x to the right and to the bottom.
+    Cost for N pixels, inner width I, M = (H/R + 8 - 8/R)(W/R + 8 - 8/R) context pixels: N C/R² (R² + C) for down_R,
+    2NCI + 128NI for θ, the attention and Wo, 2NCI + 64NC for φ, g and the mixing, or 2MCI for φ and g without it.
+    """
+
+    def __init__(self, dim, ratio, reduction, mixing):
+        super().__init__()
+        inner = dim // reduction
+        self.heads = ratio ** 2
+        self.stride = WINDOW // ratio
+        margin = WINDOW - self.stride
+        low, high = margin // 2, margin - margin // 2
+        self.margin = (low, high, high, low)                        # left right top bottom; R = 8: 3 4 4 3, as released
+        depthwise = nn.Conv2d(dim, dim, ratio, ratio, groups=dim, bias=False)
+        self.down = nn.Sequential(ConvNorm(depthwise, BatchNorm2d(dim), nn.ReLU()), conv_bn_relu(dim, dim))
+        self.norm = LayerNorm2d(dim) if mixing else None
+        self.mixing = PositionMixing(self.heads) if mixing else None
+        self.theta = Pointwise(dim, inner)
+        self.phi = Pointwise(dim, inner)
+        self.g = Pointwise(dim, inner)
+        self.attend = Attend()
+        self.out = ConvNorm(Pointwise(inner, dim, bias=False), BatchNorm2d(dim))
+        for conv in (depthwise, self.out.conv):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        for conv in (self.theta, self.phi, self.g):
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+        nn.init.zeros_(self.out.norm.weight)
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        bottom, right = -height % WINDOW, -width % WINDOW
+        y = F.pad(x, (0, right, 0, bottom)) if bottom or right else x           # (B, C, 8h, 8w)
+        q = windows(self.theta(y), WINDOW)                                      # (P, I, 8, 8), P = B h w
+        k, v = self.context(F.pad(self.down(y), self.margin))                   # (P, I, 8, 8)
+        q, k, v = (heads_first(tokens(t), self.heads) for t in (q, k, v))       # (P, R², 64, I/R²)
+        out = self.attend(q, k, v).transpose(1, 2).flatten(2)                   # (P, 64, I)
+        out = out.unflatten(1, (WINDOW, WINDOW)).unflatten(0, (len(x), -1, y.shape[3] // WINDOW))   # (B, h, w, 8, 8, I)
+        out = out.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)                   # (B, I, 8h, 8w)
+        return x + self.out(out[:, :, :height, :width])
+
+    def context(self, z):
+        if self.mixing is None:
+            return windows(self.phi(z), self.stride), windows(self.g(z), self.stride)
+        c = self.mixing(windows(self.norm(z), self.stride))
+        return self.phi(c), self.g(c)
+
+
+class LawinSumHead(nn.Module):
+    """Lawin's pyramid of windows as released for B0 and B1: levels and branches are added, no position mixing; stride 4.
+
+    x = Σ up(W_i x_i + b_i), i = 4, 3, 2;  y = short(x) + pool(mean(x)) + Σ_R attention_R(x), R = 8, 4, 2
+    logits = V dropout2d(ReLU(BN(F cat(up(y), W1 x1 + b1)))) + v;  short and pool: ConvBNReLU
+    F by the identity of UpsampledSum, which saves E² (N1 - N2) multiply-adds. BN in pool sees one value an image, hence
+    training takes two images a batch.
+    """
+    uses = (0, 1, 2, 3)
+    reduction = 1
+    mixing = False
+
+    def __init__(self, dims, num_classes, width, rank=None):
+        super().__init__()
+        embed, width = (width, width) if isinstance(width, int) else width      # B4: 768 in the projections, 512 after
+        self.projections = nn.ModuleList(Pointwise(dim, embed) for dim in dims[1:])
+        self.short_path = conv_bn_relu(width, width)
+        self.image_pool = conv_bn_relu(width, width)
+        self.attentions = nn.ModuleList(LargeWindowAttention(width, r, self.reduction, self.mixing) for r in (8, 4, 2))
+        self.low_level = Pointwise(dims[0], 48)
+        self.low_level_fuse = conv_bn_relu(width + 48, width)
+        self.sum = UpsampledSum()
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = Pointwise(width, num_classes)
+
+    def forward(self, maps):
+        x = self.embed(maps[1:])                                                # (B, E, H/8, W/8)
+        mean = x.mean((2, 3), keepdim=True)                                     # (B, E, 1, 1)
+        x = self.join([self.short_path(x), self.image_pool(mean), *(attention(x) for attention in self.attentions)])
+        fuse = self.low_level_fuse
+        x = fuse.act(fuse.norm(self.sum(fuse.conv, [x, self.low_level(maps[0])])))      # (B, E, H/4, W/4)
+        return self.classifier(self.dropout(x))                                 # (B, K, H/4, W/4)
+
+    def embed(self, maps):
+        x2, x3, x4 = (p(x) for p, x in zip(self.projections, maps))
+        return resize(x4, x2.shape[2:]) + resize(x3, x2.shape[2:]) + x2
+
+    def join(self, branches):
+        return sum(branches)
+
+
+class LawinHead(LawinSumHead):
+    """The same as released for B2 to B5: levels and branches are concatenated and convolved, the context's positions mixed.
+
+    x = ReLU(BN(G cat(up(W4 x4 + b4), up(W3 x3 + b3), W2 x2 + b2)));  y = ReLU(BN(H cat(short(x), pool(mean(x)), attentions)))
+    width: E, or (P, E) with P for the projections. The identity of UpsampledSum saves, besides LawinSumHead's,
+    3 P E N2 + (P - E) Σ C_i N_i - P E Σ C_i multiply-adds in G (i = 2..4) and E² (N2 - 1) in H.
+    """
+    reduction = 2
+    mixing = True
+
+    def __init__(self, dims, num_classes, width, rank=None):
+        super().__init__(dims, num_classes, width)
+        embed, width = (width, width) if isinstance(width, int) else width
+        self.fuse = conv_bn_relu(3 * embed, width)
+        self.cat = conv_bn_relu(5 * width, width)
+
+    def embed(self, maps):
+        return self.fuse.act(self.fuse.norm(self.sum(self.fuse.conv, maps[::-1], self.projections[::-1])))
+
+    def join(self, branches):
+        return self.cat.act(self.cat.norm(self.sum(self.cat.conv, branches)))
+
+
+class FpnHead(nn.Module):
+    """Semantic FPN (arXiv 1901.02446 §3) as in mmseg, PVT and Next-ViT: pyramid of width E, head of width E/2; stride 4.
+
+    L_i = W_i x_i + b_i + nearest(L_{i+1});  S_1 = g(f(L_1));  S_i = (i - 1 times: g, then up x2)(f(L_i))
+    logits = V dropout2d(Σ up(S_i)) + v;  f: 3x3 convolution with bias, g: 3x3 ConvBNReLU
+    Odd sides are doubled as they are: only the sum fits S_i to S_1.
+    """
+    uses = (0, 1, 2, 3)
+
+    def __init__(self, dims, num_classes, width, rank=None):
+        super().__init__()
+        self.lateral = nn.ModuleList(Pointwise(dim, width) for dim in dims)
+        self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in dims)
+        for conv in (*self.lateral, *self.smooth):
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
+        half = width // 2
+        self.scale = nn.ModuleList(
+            nn.ModuleList(conv_bn_relu(half if step else width, half, 3) for step in range(steps)) for steps in (1, 1, 2, 3))
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = classifier(half, num_classes)
+
+    def forward(self, maps):
+        pyramid = [lateral(x) for lateral, x in zip(self.lateral, maps)]        # (B, E, h_i, w_i)
+        for i in (3, 2, 1):
+            pyramid[i - 1] = pyramid[i - 1] + F.interpolate(pyramid[i], pyramid[i - 1].shape[2:])      # nearest
+        out = None
+        for x, smooth, steps in zip(pyramid, self.smooth, self.scale):
+            x = smooth(x)
+            for step in steps:
+                x = step(x)                                                     # (B, E/2, 2ʲ h_i, 2ʲ w_i)
+                if out is not None:
+                    x = resize(x, (2 * x.shape[2], 2 * x.shape[3]))
+            out = x if out is None else out + resize(x, out.shape[2:])
+        return self.classifier(self.dropout(out))                               # (B, K, H/4, W/4)
+
+
 HEAD = {
     "mlp": MlpHead,
     "mlp_concat": MlpConcatHead,
+    "ham": HamHead,
+    "light_ham": LightHamHead,
+    "lawin": LawinHead,
+    "lawin_sum": LawinSumHead,
+    "fpn": FpnHead,
 }
 
 

@@ -1,0 +1,849 @@
+"""Processes, data sets, augmentation and the pictures of them: everything between the disk and the first convolution.
+
+    python data.py PATH [--zero-is-class] [--out sheet.png]
+
+checks a data set before hours are spent on it: images, sizes, classes and their share of the pixels, every unreadable or
+mismatched file by name (exit status 1 if there is one), and a contact sheet. Without PATH it shows the embedded `Shapes`.
+
+Conventions. Images are RGB; labels are 0..K-1, and 255 is ignored. Augmentation is a pure function of (seed, epoch, view,
+index): it does not depend on the number of workers, on the order of requests or on any global random state.
+"""
+import argparse
+import colorsys
+import json
+import math
+import os
+import struct
+import sys
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from layers import UserError
+
+IGNORED = 255
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # ImageNet, on the 0..1 scale
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+# ---- Processes -----------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all: rank of world over all nodes, local_rank on its own, and the device that it computes on."""
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+
+def start(device=None):
+    """Join the process group that torchrun describes in the environment; alone under plain `python`. -> Processes."""
+    rank, world, local_rank, local_world = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {device}: no such device; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        index = device.index if device.index is not None else local_rank
+        if index >= torch.cuda.device_count():
+            raise UserError(f"--device cuda:{index}: {torch.cuda.device_count()} CUDA devices are here; use --device cpu "
+                            "or start fewer processes")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif world > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))    # torchrun would leave 1
+    if world > 1:
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return Processes(rank, world, local_rank, device)
+
+
+def stop():
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run(main):
+    """Call main(); a UserError becomes one line on stderr and exit status 1, also one raised in a loader's worker."""
+    try:
+        main()
+    except UserError as error:
+        message = str(error)
+        if "Original Traceback" in message:    # the loader wraps a worker's error into its traceback; the last line is ours
+            message = message.strip().rpartition("UserError: ")[2]
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(1)    # without stop(): the other ranks may be inside a collective that this one will not join
+    stop()
+
+
+# ---- Loaders -------------------------------------------------------------------------------------------------------
+
+class EpochSampler(Sampler):
+    """This rank's share of a shuffle that is a pure function of (seed, epoch); yields keys (epoch, view, index).
+
+    The key carries the epoch to the workers, so that they hold no state. `repeats` > 1 is repeated augmentation (Hoffer et
+    al., "Augment your batch", CVPR 2020; the RASampler of DeiT): an image is drawn `repeats` times in a row, in different
+    views that go to neighbouring ranks, and the epoch keeps its length: it shows 1/repeats of the images.
+    """
+
+    def __init__(self, size, processes, seed, repeats):
+        self.size, self.rank, self.world, self.seed, self.repeats = size, processes.rank, processes.world, seed, repeats
+        self.epoch = 0
+
+    def __len__(self):
+        return self.size // self.world    # the remainder is dropped: every rank must take the same number of steps
+
+    def __iter__(self):
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
+        for position in range(self.rank, len(self) * self.world, self.world):
+            yield self.epoch, position % self.repeats, int(order[position // self.repeats])
+
+
+def train_loader(dataset, batch_size, processes, seed, workers, repeats=1):
+    """Shuffled, sharded, whole batches only; call set_epoch(loader, epoch) before each epoch."""
+    sampler = EpochSampler(len(dataset), processes, seed, repeats)
+    if len(sampler) < batch_size:
+        raise UserError(f"--batch-size {batch_size}: {len(dataset)} images on {processes.world} processes do not fill one "
+                        "batch; use a smaller one")
+    return DataLoader(dataset, batch_size, sampler=sampler, drop_last=True, **_workers(processes, workers))
+
+
+def eval_loader(dataset, batch_size, processes, workers):
+    """Every index once over all ranks, without padding; a batch is a list of items, whose sizes may differ."""
+    shard = range(processes.rank, len(dataset), processes.world)
+    return DataLoader(dataset, batch_size, sampler=shard, collate_fn=list, **_workers(processes, workers))
+
+
+def _workers(processes, workers):
+    # The loader draws its workers' seeds from `generator`: its own leaves the run's random stream alone.
+    return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=processes.device.type == "cuda",
+                generator=torch.Generator().manual_seed(0))
+
+
+def set_epoch(loader, epoch):
+    """Make `epoch` the one that the next pass over a train_loader draws."""
+    loader.sampler.epoch = epoch
+    loader.dataset.set_epoch(epoch)
+
+
+class EpochDataset(Dataset):
+    """Takes keys (epoch, view, index), or a plain index for view 0 of the epoch last set."""
+    seed = epoch = 0
+    problems = []    # messages on files that were left out
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def key(self, key):
+        return key if isinstance(key, tuple) else (self.epoch, 0, key)
+
+    def rng(self, epoch, view, index):
+        return np.random.default_rng((self.seed, epoch, view + 1, index))    # + 1: (seed, epoch) alone is the order's
+
+
+# ---- Reading files -------------------------------------------------------------------------------------------------
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)    # open_file refuses these images
+BROKEN = OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError
+
+
+def shown(path):
+    """A path for a message: always one line, and printable on any terminal."""
+    return ascii(str(path))[1:-1]
+
+
+@contextmanager
+def reading(path):
+    """Whatever Pillow raises inside becomes a UserError that names the file (Pillow itself often does not)."""
+    try:
+        yield
+    except BROKEN as error:
+        reason = "is not an image" if isinstance(error, Image.UnidentifiedImageError) else shown(
+            getattr(error, "strerror", None) or error)
+        raise UserError(f"{shown(path)}: {reason}; repair or remove the file") from None
+
+
+def open_file(path):
+    """An opened, not yet decoded image of a sane size."""
+    with reading(path):
+        image = Image.open(path)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:    # where Pillow starts to warn: 89 Mpixel
+            raise ValueError(f"{image.width}x{image.height} pixels, a decompression bomb?")
+    return image
+
+
+def open_image(path):
+    """open_file for 8 bits a channel. Raw pixels: an EXIF rotation is ignored, as the masks ignore it."""
+    image = open_file(path)
+    if image.mode.startswith(("I", "F")):    # convert("RGB") would clip everything above 255 to white
+        raise UserError(f"{shown(path)}: 16-bit or float image (mode {image.mode}); convert it to 8 bits")
+    return image
+
+
+def read_mask(path):
+    """A mask's ids as they are stored: (H, W) uint8 or uint32. Palette masks give indices, never colours."""
+    with open_file(path) as image, reading(path):
+        mode, mask = image.mode, np.array(image)
+    if mode == "RGB" and (mask == mask[..., :1]).all():
+        return mask[..., 0]
+    if mode not in ("L", "P", "1") and not mode.startswith("I"):
+        raise UserError(f"{shown(path)}: mask of mode {mode}; a mask holds one class id per pixel (modes L, P, I, 1)")
+    return mask.astype(np.uint32 if mode.startswith("I") else np.uint8, copy=False)    # a negative id becomes a huge one
+
+
+def scan(folder, extensions):
+    """{stem: path} of a flat folder, sorted; hidden files, sub-folders and other extensions are skipped. -> and problems."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")
+                       and not entry.is_dir() and Path(entry.name).suffix.lower() in extensions)
+    except OSError as error:
+        raise UserError(f"{shown(folder)}: {error.strerror}; every split needs this folder") from None
+    files, problems = {}, []
+    for name in names:
+        path = Path(folder, name)
+        if path.stem in files:
+            problems.append(f"{shown(path)}: has the same stem as {shown(files[path.stem].name)}; remove one of them")
+        files.setdefault(path.stem, path)
+    return files, problems
+
+
+# ---- Training views for segmentation -------------------------------------------------------------------------------
+
+YIQ = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
+RGB = np.linalg.inv(YIQ)
+TRIES = 10            # crops drawn in search of one with at most LARGEST of a single class
+LARGEST = 0.75
+
+
+def color_affine(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
+    """Brightness (added, of 255), contrast and saturation (factors), hue (radians) as x -> A x + b on RGB in 0..255.
+
+    A = contrast * Y^-1 diag(1, saturation * rotation(hue)) Y with Y = RGB -> YIQ (the NTSC matrix); b = A (1, 1, 1) *
+    brightness. Departure from the HSV arithmetic of mmseg's PhotoMetricDistortion: hue turns the chroma plane and saturation
+    scales it, at constant luma. Being linear, the contrast may come before or after (mmseg tosses a coin for the order).
+    """
+    cos, sin = saturation * math.cos(hue), saturation * math.sin(hue)
+    matrix = contrast * RGB @ [[1, 0, 0], [0, cos, -sin], [0, sin, cos]] @ YIQ
+    return matrix, matrix.sum(1) * brightness
+
+
+def random_color(rng):
+    """Arguments of color_affine with the ranges of PhotoMetricDistortion, each applied with probability 1/2."""
+    apply = rng.random(4) < 0.5
+    value = rng.uniform([-32, 0.5, 0.5, -math.pi / 5], [32, 1.5, 1.5, math.pi / 5])    # hue: 18 of OpenCV's 180 = 36 degrees
+    return np.where(apply, value, [0, 1, 1, 0])
+
+
+def color_and_normalise(image, matrix, offset):
+    """(H, W, 3) uint8 -> float32 (3, H, W): the distortion and the normalisation as one affine map.
+
+    The distorted colours are clipped to 0..255 once, here, and not after each step of the distortion.
+    """
+    mean, std = MEAN.numpy()[:, 0], STD.numpy()[:, 0]    # (3, 1)
+    weight = torch.from_numpy((matrix / (255 * std)).astype(np.float32))
+    bias = torch.from_numpy(((offset[:, None] / 255 - mean) / std).astype(np.float32))
+    planes = torch.empty(3, *image.shape[:2]).copy_(image.permute(2, 0, 1))
+    view = torch.addmm(bias, weight, planes.view(3, -1)).view_as(planes)
+    for plane, low, high in zip(view, (-mean / std).flat, ((1 - mean) / std).flat):
+        plane.clamp_(float(low), float(high))
+    return view
+
+
+def training_view(image, labels, crop, rng, scale=(0.5, 2.0)):
+    """An opened PIL image and its labels (h, w) uint8 -> float32 (3, crop, crop), int64 (crop, crop).
+
+    Resize to scale * (4 crop, crop) = (long, short side) keeping the ratio, crop, flip, distort the colours, normalise, pad
+    right and below with 0 / 255. Only what the crop shows is cut out and resized: the corner is drawn on source pixels, so the
+    sampling grid is that of resizing the whole image (antialiased bilinear; the labels nearest), up to the taps beyond the
+    cut at the corner's two edges. A JPEG that shrinks by 2 or more is decoded at 1/2, 1/4 or 1/8 by libjpeg (`draft`: a
+    low-pass of its own, within about one grey level of the filter that it replaces) and resized from there.
+    """
+    w, h = image.size
+    factor = rng.uniform(*scale) * min(4 * crop / max(w, h), crop / min(w, h))
+    size = max(1, int(h * factor + 0.5)), max(1, int(w * factor + 0.5))
+    image.draft(None, size[::-1])
+    unit = round(w / image.size[0])    # source pixels per decoded pixel
+    step = h / size[0], w / size[1]    # source pixels per pixel of the view
+    shape = min(crop, size[0]), min(crop, size[1])
+    span = [int((full - part) * s) // unit for full, part, s in zip(size, shape, step)]
+    grid = [((np.arange(n) + 0.5) * s).astype(np.int64) for n, s in zip(shape, step)]
+    for attempt in range(TRIES + 1):
+        corner = [int(rng.integers(n + 1)) * unit for n in span]
+        rows, columns = corner[0] + grid[0], corner[1] + grid[1]
+        if attempt == TRIES or _varied(labels[rows[::4]][:, columns[::4]]):    # a sixteenth of the pixels will do
+            break
+    flip = rng.random() < 0.5
+    if flip:
+        columns = w - 1 - columns
+    part = _resized_part(image, corner, shape, step, unit, flip)
+    view = color_and_normalise(part, *color_affine(*random_color(rng)))
+    target = torch.from_numpy(labels.take(columns, 1).take(rows, 0)).long()
+    if shape != (crop, crop):
+        right_below = 0, crop - shape[1], 0, crop - shape[0]
+        view, target = F.pad(view, right_below), F.pad(target, right_below, value=IGNORED)
+    return view, target
+
+
+def _varied(labels):
+    counts = np.bincount(labels.ravel(), minlength=256)[:IGNORED]
+    return counts.max() < LARGEST * counts.sum()
+
+
+def _resized_part(image, corner, shape, step, unit, flip):
+    """Cut and resize what the view shows -> (h, w, 3) uint8. torch's uint8 kernel is 4 times as fast as Pillow's resize."""
+    (y, x), (height, width) = (c // unit for c in corner), image.size[::-1]
+    step = [s / unit for s in step]
+    taps = [math.ceil((n + 1) * s + max(1, s)) for n, s in zip(shape, step)]    # decoded pixels that the view reads
+    bottom, right = min(height, y + taps[0]), min(width, x + taps[1])
+    box = (width - right, y, width - x, bottom) if flip else (x, y, right, bottom)
+    part = image.crop(box).convert("RGB")
+    if flip:
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    part = torch.from_numpy(np.array(part))[None].permute(0, 3, 1, 2)    # this order of views: strides of channels_last
+    # The factor, not the size, fixes the grid; 1e-9 keeps floor(pixels * factor) from losing the last pixel to rounding.
+    factor = [1 / s * (1 + 1e-9) for s in step]
+    part = F.interpolate(part, scale_factor=factor, mode="bilinear", antialias=True)
+    return part.permute(0, 2, 3, 1)[0, :shape[0], :shape[1]]
+
+
+def normalise(images):
+    """uint8 (..., 3, H, W) -> float32 with ImageNet statistics, on the same device and in the same memory layout."""
+    scale, offset = 1 / (255 * STD), MEAN / STD
+    return images.float().mul_(scale.to(images.device)).sub_(offset.to(images.device))
+
+
+# ---- Segmentation data in folders ----------------------------------------------------------------------------------
+
+LAYOUTS = {    # images, masks, {split: folder}
+    "ADE20K": ("images", "annotations", {"train": "training", "val": "validation"}),
+    "the original project's": ("image", "mask", {"train": "train", "val": "val"}),
+}
+IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+MASK_FILES = {".png", ".bmp", ".tif", ".tiff"}
+
+# The colours in which ADE20K is always drawn (the palette of the MIT scene parsing benchmark), class by class.
+ADE20K_COLORS = np.frombuffer(bytes.fromhex(
+    "787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04ff3307"
+    "cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffffe0ff086608ff"
+    "ff3d06ffc207ff7a0800ff14ff0829ff05990633ffeb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe00099ff000000ffff4700"
+    "00ebff00adff1f00ff0bc8c8ff520000fff5003dff00ff7000ff85ff0000ffa300ff6600c2ff00008fff33ff000052ff00ff2900ffad0a00ff"
+    "adff0000ff99ff5c00ff00ffff00f5ff0066ffad00ff0014ffb8b8001fff00ff3d0047ffff00cc00ffc200ff52000aff0070ff3300ff00c2ff"
+    "007aff00ffa3ff990000ff0aff70008fff005200ffa3ff00ffeb0008b8aa8500ff00ff5cb800ffff001f00b8ff00d6ffff00705cff0000e0ff"
+    "70e0ff46b8a0a300ff9900ff47ff00ff00a3ffcc00ff008f00ffeb85ff00ff00ebf500ffff007afff5000abed4d6ff0000ccff1400ffffff00"
+    "0099ff0029ff00ffcc2900ff29ff00ad00ff00f5ff4700ff7a00ff00ffb8005cffb8ff000085ffffd60019c2c266ff005c00ff"),
+    np.uint8).reshape(150, 3)
+
+
+def distinct_colors(count):
+    """(count, 3) uint8: hues a golden angle apart in four tones; never black, which is the colour of ignored pixels."""
+    tones = [(0.75, 0.95), (0.9, 0.65), (0.45, 1.0), (0.6, 0.8)]
+    return np.array([[round(255 * c) for c in colorsys.hsv_to_rgb(k * 0.618034 % 1, *tones[k % 4])] for k in range(count)],
+                    np.uint8).reshape(count, 3)
+
+
+class FolderSegmentation(EpochDataset):
+    """A folder of images and of masks with the same stems, laid out like ADE20K or like the original project's data.
+
+        images|annotations / training|validation + objectInfo150.txt       image|mask / train|val + id2label.json
+
+    split: "train" or "val". By default id 0 of a mask is "unlabelled" and id k is class k-1; zero_is_class=True keeps the ids.
+    255 is ignored either way. The number of classes is that of the names' file, else that of the largest id in the masks.
+    Item without crop: (image uint8 (3, H, W), label int64 (H, W), path of the image); with crop: `training_view`.
+    A bad file raises UserError with its name; strict=False collects files without a partner in .problems instead.
+    """
+
+    def __init__(self, root, split, crop=None, seed=0, zero_is_class=False, strict=True):
+        self.root, self.split, self.crop, self.seed, self.zero_is_class = Path(root), split, crop, seed, zero_is_class
+        images, masks = split_folders(self.root, split)
+        self.paths, self.problems = pair(images, masks)
+        if self.problems and strict:
+            more = f" (and {len(self.problems) - 1} more: python data.py PATH lists them)" if len(self.problems) > 1 else ""
+            raise UserError(self.problems[0] + more)
+        if not self.paths:
+            raise UserError(f"{shown(images)}: no images with masks here (looked for {' '.join(sorted(IMAGE_FILES))})")
+        self.classes = read_classes(self.root, zero_is_class) or found_classes(self.root, zero_is_class)
+        if len(self.classes) > IGNORED:
+            raise UserError(f"{shown(root)}: {len(self.classes)} classes; at most {IGNORED} are possible, 255 is ignored")
+        self.colors = self._colors()
+
+    @property
+    def num_classes(self):
+        return len(self.classes)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        epoch, view, index = self.key(key)
+        path, mask_path = self.paths[index]
+        labels = self.labels(mask_path)
+        image = open_image(path)
+        if image.size != labels.shape[::-1]:
+            (w, h), (mask_h, mask_w) = image.size, labels.shape
+            raise UserError(f"{shown(mask_path)}: the mask is {mask_w}x{mask_h}, its image {shown(path)} is {w}x{h}; "
+                            "they must be equal")
+        with reading(path), image:
+            if self.crop:
+                return training_view(image, labels, self.crop, self.rng(epoch, view, index))
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return pixels, torch.from_numpy(labels).long(), str(path)
+
+    def labels(self, path):
+        """A mask file as labels: (H, W) uint8, 0..K-1 and 255."""
+        mask = read_mask(path)
+        first = 0 if self.zero_is_class else 1
+        bad = (mask >= self.num_classes + first) & (mask != IGNORED)
+        if bad.any():
+            raise UserError(f"{shown(path)}: label id {mask[bad][0]} is beyond the {self.num_classes} classes (ids {first}.."
+                            f"{self.num_classes + first - 1}, 255 ignored); correct the mask or the class names")
+        mask = mask.astype(np.uint8, copy=False)
+        if not self.zero_is_class:
+            mask -= (mask != IGNORED).view(np.uint8)    # k -> k-1; 0 wraps around to 255, and 255 stays
+        return mask
+
+    def _colors(self):
+        if self.num_classes == 150 and self.classes[0] == "wall" and self.classes[-1] == "flag":
+            return ADE20K_COLORS.copy()
+        with reading(self.paths[0][1]), Image.open(self.paths[0][1]) as mask:
+            palette = mask.getpalette() if mask.mode == "P" else None
+        if palette:
+            colors = np.array(palette, np.uint8).reshape(-1, 3)[0 if self.zero_is_class else 1:][:self.num_classes]
+            if len(np.unique(colors, axis=0)) == self.num_classes:
+                return colors
+        return distinct_colors(self.num_classes)
+
+
+def split_folders(root, split):
+    """(folder of images, folder of masks) of a split, in whichever layout root has."""
+    if not root.is_dir():
+        raise UserError(f"{shown(root)}: no such folder")
+    for images, masks, splits in LAYOUTS.values():
+        if (root / images).is_dir():
+            return root / images / splits[split], root / masks / splits[split]
+    raise UserError(f"{shown(root)}: neither images/ with annotations/ (ADE20K) nor image/ with mask/ is in this folder")
+
+
+def pair(images, masks):
+    """Pair two folders by stem, sorted. -> [(image, mask)], [one line for each file without a partner]."""
+    (images_of, problems), (masks_of, more) = scan(images, IMAGE_FILES), scan(masks, MASK_FILES)
+    problems += more
+    problems += [f"{shown(path)}: no mask {shown(masks / (stem + '.png'))}; add it or remove the image"
+                 for stem, path in images_of.items() if stem not in masks_of]
+    problems += [f"{shown(path)}: no image {shown(images / stem)}.*; add it or remove the mask"
+                 for stem, path in masks_of.items() if stem not in images_of]
+    return [(path, masks_of[stem]) for stem, path in images_of.items() if stem in masks_of], problems
+
+
+def read_classes(root, zero_is_class):
+    """Class names from id2label.json ({"0": "wall", ...}: ids after the label rule) or objectInfo150.txt; None without either."""
+    labels, info = root / "id2label.json", root / "objectInfo150.txt"
+    try:
+        if labels.is_file():
+            names = {int(k): str(v) for k, v in json.loads(labels.read_text("utf-8")).items()}
+            if sorted(names) != list(range(len(names))) or not names:
+                raise UserError(f"{shown(labels)}: the ids must be 0, 1, 2, ... without a gap")
+            return [names[k] for k in range(len(names))]
+        if info.is_file():    # Idx  Ratio  Train  Val  [Stuff]  Name
+            names = [line.split("\t")[-1].strip() for line in info.read_text("utf-8").splitlines()[1:] if line.strip()]
+            return ["other"] * zero_is_class + names
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{shown(labels if labels.is_file() else info)}: cannot be read ({ascii(str(error))[1:-1]})") from None
+
+
+def found_classes(root, zero_is_class):
+    """Names "class 0", ... up to the largest id in the masks of all splits (both splits must agree on the number)."""
+    largest = -1
+    for split in ("train", "val"):
+        folder = split_folders(root, split)[1]
+        paths = scan(folder, MASK_FILES)[0].values() if folder.is_dir() else ()
+        for path in tqdm(paths, f"looking for class ids in {split}", leave=False, disable=None):
+            try:
+                mask = read_mask(path)
+            except UserError:    # it is reported, with its name, when it is read for its pixels
+                continue
+            largest = max(largest, int(mask.max(initial=0, where=mask != IGNORED)))
+    return [f"class {k}" for k in range(largest + 1 if zero_is_class else max(largest, 1))]
+
+
+# ---- The embedded segmentation data --------------------------------------------------------------------------------
+
+class Shapes(EpochDataset):
+    """Textured shapes on two textured grounds, drawn and not stored: image i of a split is a pure function of (split, i).
+
+    Colours and textures are drawn alike for all the classes, so colour alone tells nothing: the two grounds differ in texture
+    (a wave or none), six classes in shape, and a "pearl" is a disc that lies inside a square ("disc" is one that does not).
+    Items as those of FolderSegmentation; in training the scale is drawn from 0.8..1.25.
+    """
+    classes = ["plain ground", "striped ground", "disc", "square", "triangle", "star", "ring", "cross", "pearl"]
+    num_classes = len(classes)
+    colors = np.array([[150, 150, 160], [95, 105, 130], [230, 60, 60], [250, 170, 40], [245, 235, 90], [80, 190, 90],
+                       [60, 200, 220], [70, 100, 235], [215, 110, 230]], np.uint8)
+    SIZE = 96
+    COUNT = {"train": 1000, "val": 100}
+
+    def __init__(self, split, crop=None, seed=0):
+        self.split, self.crop, self.seed = split, crop, seed
+        drawn = [draw_shapes(("train", "val").index(split), index, self.SIZE) for index in range(self.COUNT[split])]
+        # Tensors, not arrays: workers started by spawn or forkserver then share the memory.
+        self.images, self.labels = (torch.from_numpy(np.stack(part)) for part in zip(*drawn))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        epoch, view, index = self.key(key)
+        image, labels = self.images[index], self.labels[index]
+        if self.crop:
+            return training_view(Image.fromarray(image.numpy()), labels.numpy(), self.crop, self.rng(epoch, view, index),
+                                 scale=(0.8, 1.25))
+        return image.permute(2, 0, 1), labels.long(), f"shapes/{self.split}/{index:05d}"
+
+
+def draw_shapes(split, index, size):
+    """-> image (size, size, 3) uint8, labels (size, size) uint8."""
+    rng = np.random.default_rng((0, split, index))
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size * 2 - 1    # -1..1
+    angle, bend = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.2)
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    labels = (u + bend * np.sin(4 * v + rng.uniform(0, 6)) > rng.uniform(-0.5, 0.5)).astype(np.uint8)
+    image = np.where(labels[..., None] == 0, _texture(rng, x, y, "plain"), _texture(rng, x, y, "striped"))
+    for _ in range(rng.integers(3, 6)):
+        kind = int(rng.integers(2, 9))
+        radius = rng.uniform(0.28, 0.42)
+        center, turn = rng.uniform(-0.8, 0.8, 2), rng.uniform(0, 2 * np.pi)
+        if kind == 8:    # a pearl comes with its square around it
+            _paint(rng, image, labels, x, y, 3, center, 1.2 * radius, turn)
+            radius *= 0.55
+        _paint(rng, image, labels, x, y, kind, center, radius, turn)
+    image += rng.normal(0, 6, image.shape)
+    return image.clip(0, 255).astype(np.uint8), labels
+
+
+def _paint(rng, image, labels, x, y, kind, center, radius, turn):
+    """Draw a shape (a class from 2 on) of the given circumradius over what is there."""
+    x, y = (x - center[0]) / radius, (y - center[1]) / radius
+    u, v = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
+    r, around = np.hypot(u, v), np.arctan2(v, u)
+    wedge = lambda n: np.abs((around / (2 * np.pi / n)) % 1 - 0.5) * (2 * np.pi / n)    # angle to the nearest of n edges' normals
+    inside = {
+        2: lambda: r < 0.8,
+        3: lambda: np.maximum(abs(u), abs(v)) < 0.72,
+        4: lambda: r * np.cos(wedge(3)) < 0.5,
+        5: lambda: r * np.cos(np.pi / 5 - wedge(5) + 0.63) < 0.40,
+        6: lambda: abs(r - 0.68) < 0.24,
+        7: lambda: (np.minimum(abs(u), abs(v)) < 0.26) & (np.maximum(abs(u), abs(v)) < 0.9),
+        8: lambda: r < 0.9,
+    }[kind]()
+    image[inside] = _texture(rng, x, y, rng.choice(["plain", "striped", "speckled"]))[inside]
+    labels[inside] = kind
+
+
+def _texture(rng, x, y, kind):
+    """A random colour with a gentle slope, under a wave ("striped") or in flecks ("speckled"). -> (H, W, 3) float."""
+    color, other = rng.uniform(40, 215, 3), rng.uniform(40, 215, 3)
+    angle = rng.uniform(0, np.pi)
+    along = np.cos(angle) * x + np.sin(angle) * y
+    if kind == "plain":
+        mix = 0.15 * along
+    elif kind == "striped":
+        other = color + np.sign(128 - color.mean()) * rng.uniform(50, 90)    # the stripes always show
+        mix = 0.5 + 0.5 * np.sin(rng.uniform(22, 30) * along)
+    else:
+        mix = 0.6 * (rng.random(x.shape) < 0.25)
+    return color + (other - color) * mix[..., None]
+
+
+# ---- Classification data -------------------------------------------------------------------------------------------
+
+class TinyImageNet(EpochDataset):
+    """Tiny-ImageNet-200, or any tree train/CLASS/*.jpg + val/CLASS/*.jpg. Item: (float32 (3, S, S), class).
+
+    val/ may be the official one (val/images + val_annotations.txt) or restructured; images may lie one level down in a folder
+    images/. The class is the position in the sorted folder names of train/, always. Grey images become RGB.
+
+    Training is DeiT's recipe (Touvron et al. 2021, table 9), part by part: random resized crop (bicubic), flip, RandAugment
+    (rand-m9: 2 operations at 9 on a scale of 10, without timm's noise of the magnitude), jitter 0.4, random erasing 0.25.
+    jitter acts only without rand_augment: timm drops it where an auto-augmentation is on, and so did the published runs.
+    Evaluation: short side to S / 0.875 (bicubic), centre S x S. At S = 64 a 64 x 64 image thus becomes 73 x 73 and its
+    border of 4-5 pixels is not seen, which matches the magnification of the training crops.
+    """
+
+    def __init__(self, root, split, image_size=224, train=None, seed=0, resized_crop=True, flip=True, rand_augment=True,
+                 jitter=0.4, erase=0.25):
+        self.root, self.seed = Path(root), seed
+        train_files = class_folders(self.root / "train")
+        self.classes = list(train_files)
+        self.num_classes = len(self.classes)
+        files = train_files if split == "train" else validation_files(self.root / "val", self.classes)
+        self.paths = [(path, label) for label, name in enumerate(self.classes) for path in files[name]]
+        self.train = split == "train" if train is None else train
+        bicubic = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        whole = [v2.Resize(int(image_size / 0.875), **bicubic), v2.CenterCrop(image_size)]
+        steps = whole
+        if self.train:
+            steps = [v2.RandomResizedCrop(image_size, **bicubic)] if resized_crop else list(whole)
+            if flip:
+                steps.append(v2.RandomHorizontalFlip())
+            if rand_augment:    # 11 bins put torchvision's magnitudes on timm's scale of 0..10
+                steps.append(v2.RandAugment(2, 9, num_magnitude_bins=11, fill=[124, 116, 104]))
+            elif jitter:
+                steps.append(v2.ColorJitter(jitter, jitter, jitter))
+        steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+                  v2.Normalize(MEAN.flatten().tolist(), STD.flatten().tolist())]
+        if self.train and erase:
+            steps.append(v2.RandomErasing(erase, scale=(0.02, 1 / 3), value="random"))
+        self.transform = v2.Compose(steps)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        epoch, view, index = self.key(key)
+        path, label = self.paths[index]
+        image = open_image(path)
+        with reading(path), image:
+            image = image.convert("RGB")
+        if not self.train:
+            return self.transform(image).as_subclass(torch.Tensor), label
+        state = torch.get_rng_state()    # torchvision draws from the CPU's global stream: lend it to this item alone
+        torch.default_generator.manual_seed(int(self.rng(epoch, view, index).integers(2 ** 63)))
+        try:
+            return self.transform(image).as_subclass(torch.Tensor), label
+        finally:
+            torch.set_rng_state(state)
+
+
+def class_folders(folder):
+    """{class: [paths]} of FOLDER/CLASS/*.jpg or FOLDER/CLASS/images/*.jpg, sorted by class."""
+    try:
+        names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{shown(folder)}: {error.strerror}; a folder for each class belongs here") from None
+    files = {}
+    for name in names:
+        place = folder / name
+        inner = place / "images"
+        # Keyed by stem, two files of one stem would hide each other; classification needs no stems.
+        found, same = scan(inner if inner.is_dir() else place, IMAGE_FILES)
+        if same:
+            raise UserError(same[0])
+        if not found:
+            raise UserError(f"{shown(place)}: no images in this class folder; add some or remove it")
+        files[name] = list(found.values())
+    if not files:
+        raise UserError(f"{shown(folder)}: no class folders here")
+    return files
+
+
+def validation_files(folder, classes):
+    """{class: [paths]} of val/, in the official flat layout or with a folder for each class; classes must be those of train/."""
+    annotations = folder / "val_annotations.txt"
+    if annotations.is_file() and (folder / "images").is_dir():
+        files = {}
+        for line in annotations.read_text().splitlines():
+            name, label = line.split("\t")[:2]
+            files.setdefault(label, []).append(folder / "images" / name)
+    else:
+        files = class_folders(folder)
+        if list(files) == ["images"]:
+            raise UserError(f"{shown(annotations)}: no such file; Tiny-ImageNet's flat val/images needs it for the classes")
+    for missing in sorted(set(classes) - set(files)):
+        raise UserError(f"{shown(folder)}: has no images of the class {shown(missing)} of train/; both need the same classes")
+    for unknown in sorted(set(files) - set(classes)):
+        raise UserError(f"{shown(folder)}: unknown class {shown(unknown)}, train/ has none; both need the same classes")
+    return files
+
+
+def mixup_cutmix(images, labels, num_classes, seed, mixup=0.8, cutmix=1.0, smoothing=0.1):
+    """Mix each image of a batch with its mirror in the batch. -> images (B, 3, H, W), targets (B, K) that sum to 1.
+
+    Mixup (Zhang et al., ICLR 2018): x = l x_i + (1-l) x_j, l ~ Beta(mixup, mixup). CutMix (Yun et al., ICCV 2019): a box with
+    1-l of the area, l ~ Beta(cutmix, cutmix), is pasted; l is then corrected for the box's part outside the image. As timm: one
+    l per batch, a coin decides between the two, 0 turns one off. seed: a tuple of integers such as (seed, epoch, step, rank).
+    """
+    rng = np.random.default_rng(seed)
+    share = 1.0
+    use_cutmix = cutmix > 0 and (mixup <= 0 or rng.random() < 0.5)
+    if use_cutmix:
+        share = rng.beta(cutmix, cutmix)
+        h, w = images.shape[-2:]
+        half_h, half_w = int(h * math.sqrt(1 - share)) // 2, int(w * math.sqrt(1 - share)) // 2
+        y, x = int(rng.integers(h)), int(rng.integers(w))
+        top, bottom, left, right = max(y - half_h, 0), min(y + half_h, h), max(x - half_w, 0), min(x + half_w, w)
+        pasted = images.flip(0)[..., top:bottom, left:right]
+        images = images.clone()
+        images[..., top:bottom, left:right] = pasted
+        share = 1 - (bottom - top) * (right - left) / (h * w)
+    elif mixup > 0:
+        share = rng.beta(mixup, mixup)
+        images = images.flip(0).mul_(1 - share).add_(images, alpha=share)
+    targets = F.one_hot(labels, num_classes).float().mul_(1 - smoothing).add_(smoothing / num_classes)
+    return images, share * targets + (1 - share) * targets.flip(0)
+
+
+# ---- Pictures ------------------------------------------------------------------------------------------------------
+
+def colorize(labels, colors):
+    """Labels (H, W) -> uint8 (H, W, 3); ignored pixels are black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[:len(colors)] = colors
+    return table[np.asarray(labels)]
+
+
+def picture(image):
+    """uint8 (3, H, W) tensor or (H, W, 3) array -> uint8 (H, W, 3) array."""
+    return image.permute(1, 2, 0).cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+
+
+def contact_sheet(rows, path, below=None, gap=6):
+    """Write rows of uint8 images (of one height within a row) as a PNG on white, `below` (a legend) at the bottom."""
+    rows = [[picture(image) for image in row] for row in rows] + ([[below]] if below is not None else [])
+    width = max(sum(image.shape[1] + gap for image in row) for row in rows) + gap
+    height = sum(row[0].shape[0] + gap for row in rows) + gap
+    sheet = np.full((height, width, 3), 255, np.uint8)
+    y = gap
+    for row in rows:
+        x = gap
+        for image in row:
+            sheet[y:y + image.shape[0], x:x + image.shape[1]] = image
+            x += image.shape[1] + gap
+        y += row[0].shape[0] + gap
+    Image.fromarray(sheet).save(path)
+
+
+def legend(classes, colors, width=800, column=190):
+    """Swatches with class names in columns -> uint8 (h, width, 3)."""
+    columns, line = max(1, width // column), 22
+    sheet = Image.new("RGB", (width, line * math.ceil(len(classes) / columns)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for k, (name, color) in enumerate(zip(classes, colors)):
+        x, y = k % columns * column, k // columns * line
+        draw.rectangle((x, y + 3, x + 22, y + 18), tuple(int(c) for c in color), "black")
+        while draw.textlength(name, font) > column - 34:
+            name = name[:-2] + "\u2026" if name[-1] == "\u2026" else name[:-1] + "\u2026"
+        draw.text((x + 28, y + 2), name, "black", font)
+    return np.array(sheet)
+
+
+# ---- python data.py: check a data set ------------------------------------------------------------------------------
+
+def survey(title, count, measure):
+    """measure(i) -> (width, height, ...) for every i, in threads (Pillow frees the interpreter while it decodes).
+
+    -> what it returned for the good ones, the messages of the others; prints the number and the sizes.
+    """
+    def attempt(index):
+        try:
+            return measure(index)
+        except UserError as error:
+            return str(error)
+    with ThreadPoolExecutor() as pool:
+        results = list(tqdm(pool.map(attempt, range(count)), title, total=count, disable=None))
+    good = [result for result in results if not isinstance(result, str)]
+    print(f"{title}: {count} images, {len(good)} of them good")
+    for side, name in enumerate(("width", "height") if good else ()):
+        values = [result[side] for result in good]
+        print(f"  {name:6} min {min(values)}, median {np.median(values):.0f}, max {max(values)}")
+    return good, [result for result in results if isinstance(result, str)]
+
+
+def some(items, count):
+    """At most count of the items, evenly spread."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
+
+
+def check_segmentation(datasets, out):
+    """Read every image and mask, print what they hold, draw some. datasets: {split: dataset}. -> messages on bad files."""
+    problems, rows, seen = [], [], np.zeros(256, bool)
+    for split, dataset in datasets.items():
+        def measure(index):
+            image, labels, _ = dataset[index]
+            return image.shape[2], image.shape[1], index, np.bincount(labels.flatten(), minlength=256)
+        good, bad = survey(split, len(dataset), measure)
+        problems += dataset.problems + bad
+        if not good:
+            continue
+        counts = np.stack([result[3] for result in good])
+        print("   id  pixels %  images  class")
+        for k, name in [*enumerate(dataset.classes), (IGNORED, "(ignored)")]:
+            print(f"  {k:3} {100 * counts[:, k].sum() / counts.sum():9.3f} {(counts[:, k] > 0).sum():7}  {shown(name)}")
+        cells = []
+        for _, _, index, present in some(good, 6):
+            image, labels, _ = dataset[index]
+            width = max(1, round(192 * labels.shape[1] / labels.shape[0]))
+            cells.append([np.array(Image.fromarray(part).resize((width, 192), how)) for part, how in (
+                (picture(image), Image.Resampling.BICUBIC), (colorize(labels, dataset.colors), Image.Resampling.NEAREST))])
+            seen |= present > 0
+        rows += [sum(cells[i:i + 2], []) for i in range(0, len(cells), 2)]
+    if rows:
+        known = np.flatnonzero(seen[:dataset.num_classes])
+        width = max(sum(image.shape[1] + 6 for image in row) for row in rows)
+        contact_sheet(rows, out, legend([dataset.classes[k] for k in known] + ["(ignored)"], [*dataset.colors[known], (0, 0, 0)],
+                                        width))
+    return problems
+
+
+def check_classification(root, out):
+    """As check_segmentation, for a tree of class folders."""
+    problems, rows = [], []
+    for split in [split for split in ("train", "val") if (root / split).is_dir()]:
+        dataset = TinyImageNet(root, split)
+
+        def measure(index):
+            with open_image(dataset.paths[index][0]) as image, reading(dataset.paths[index][0]):
+                image.load()
+                return *image.size, index
+        good, bad = survey(split, len(dataset), measure)
+        problems += bad
+        sizes = np.bincount([label for _, label in dataset.paths])
+        print(f"  {dataset.num_classes} classes of {sizes.min()} to {sizes.max()} images")
+        cells = []
+        for path, label in [dataset.paths[result[2]] for result in some(good, 24)]:
+            image = Image.open(path).convert("RGB").resize((112, 112), Image.Resampling.BICUBIC)
+            cells.append(np.concatenate([image, legend([dataset.classes[label]], [(0, 0, 0)], 112, 112)]))
+        rows += [cells[i:i + 8] for i in range(0, len(cells), 8)]
+    if rows:
+        contact_sheet(rows, out)
+    return problems
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check a data set: read every file, list the bad ones, draw a contact sheet.")
+    parser.add_argument("path", nargs="?", type=Path, help="the data set's folder; without it, the embedded shapes")
+    parser.add_argument("--zero-is-class", action="store_true", help="id 0 of a mask is a class, not 'unlabelled'")
+    parser.add_argument("--out", default="sheet.png", help="where the contact sheet goes (default: %(default)s)")
+    args = parser.parse_args()
+    if args.path is None:
+        problems = check_segmentation({split: Shapes(split) for split in ("train", "val")}, args.out)
+    elif (args.path / "train").is_dir():
+        problems = check_classification(args.path, args.out)
+    else:
+        splits = [split for split in ("train", "val") if split_folders(args.path, split)[0].is_dir()]
+        if not splits:
+            raise UserError(f"{shown(split_folders(args.path, 'train')[0])}: no such folder, and none for validation either")
+        problems = check_segmentation({split: FolderSegmentation(args.path, split, zero_is_class=args.zero_is_class,
+                                                                 strict=False) for split in splits}, args.out)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        raise UserError(f"{shown(args.path)}: {len(problems)} bad files, listed above")
+    print(f"every file is good; some of them are drawn in {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)
