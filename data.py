@@ -249,19 +249,22 @@ def random_color(rng):
     return np.where(apply, value, [0, 1, 1, 0])
 
 
-def color_and_normalise(image, matrix, offset):
-    """(H, W, 3) uint8 -> float32 (3, H, W): the distortion and the normalisation as one affine map.
+def color_and_normalise(image, matrix, offset, view):
+    """(h, w, 3) uint8 -> the top left of `view`, float32 (3, H, W): distortion and normalisation as one affine map.
 
-    The distorted colours are clipped to 0..255 once, here, and not after each step of the distortion.
+    The distorted colours are clipped to 0..255 once, here, and not after each step of the distortion. Done in strips: the
+    page faults of fresh large buffers cost more than the arithmetic.
     """
+    h, w = image.shape[:2]
     mean, std = MEAN.numpy()[:, 0], STD.numpy()[:, 0]    # (3, 1)
     weight = torch.from_numpy((matrix / (255 * std)).astype(np.float32))
     bias = torch.from_numpy(((offset[:, None] / 255 - mean) / std).astype(np.float32))
-    planes = torch.empty(3, *image.shape[:2]).copy_(image.permute(2, 0, 1))
-    view = torch.addmm(bias, weight, planes.view(3, -1)).view_as(planes)
-    for plane, low, high in zip(view, (-mean / std).flat, ((1 - mean) / std).flat):
-        plane.clamp_(float(low), float(high))
-    return view
+    low, high = (-mean / std).flatten().tolist(), ((1 - mean) / std).flatten().tolist()
+    for rows, out in zip(image.split(64), view[:, :h, :w].split(64, 1)):
+        planes = torch.empty(out.shape).copy_(rows.permute(2, 0, 1)).view(3, -1)
+        planes = torch.addmm(bias, weight, planes).view(out.shape)
+        for c in range(3):
+            torch.clamp(planes[c], low[c], high[c], out=out[c])
 
 
 def training_view(image, labels, crop, rng, scale=(0.5, 2.0)):
@@ -291,11 +294,9 @@ def training_view(image, labels, crop, rng, scale=(0.5, 2.0)):
     if flip:
         columns = w - 1 - columns
     part = _resized_part(image, corner, shape, step, unit, flip)
-    view = color_and_normalise(part, *color_affine(*random_color(rng)))
-    target = torch.from_numpy(labels.take(columns, 1).take(rows, 0)).long()
-    if shape != (crop, crop):
-        right_below = 0, crop - shape[1], 0, crop - shape[0]
-        view, target = F.pad(view, right_below), F.pad(target, right_below, value=IGNORED)
+    view, target = torch.zeros(3, crop, crop), torch.full((crop, crop), IGNORED)
+    color_and_normalise(part, *color_affine(*random_color(rng)), view)
+    target[:shape[0], :shape[1]] = torch.from_numpy(labels.take(columns, 1).take(rows, 0))
     return view, target
 
 

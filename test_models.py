@@ -6,6 +6,7 @@ installed.
     pytest test_models.py -k speed -s     # prints seconds and ratios against transformers and timm; asserts nothing on time
 """
 import io
+import copy
 import json
 import os
 import struct
@@ -19,12 +20,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+import data
+import eval
+import flops
 import layers
 import models
 from layers import UserError
 
 torch.set_num_threads(2)
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,6 +481,260 @@ def test_equals_transformers_through_a_saved_directory(tmp_path):
     with torch.inference_mode():
         a, b = ours(x), theirs(pixel_values=x).logits
     assert (a - b).abs().max() < 1e-5 * b.square().mean().sqrt()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting
+# ---------------------------------------------------------------------------------------------------------------------
+
+def flop_counter_macs(model, size):
+    """FlopCounterMode / 2 on the meta device, where it knows every attention kernel."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.zeros(1, 3, *size, device="meta"))
+    assert counter.get_total_flops() % 2 == 0
+    return counter.get_total_flops() // 2
+
+
+def on_meta(name, task="seg", **slots):
+    with torch.device("meta"):
+        return models.build(name, task, **slots)
+
+
+@pytest.mark.parametrize("task", models.CLASSES)
+@pytest.mark.parametrize("name", models.MODELS)
+def test_count_equals_flop_counter_mode(name, task):
+    model = on_meta(name, task)
+    for size in ((256, 256), (97, 130)):
+        assert flops.count(model, size).macs == flop_counter_macs(model, size)
+    assert flops.count(model, (64, 64)).params == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("slot, word", [(slot, word) for slot, words in models.SLOTS.items() for word in words])
+def test_count_of_every_word(slot, word):
+    model = on_meta("segformer_b0", **{slot: word})
+    assert flops.count(model, (97, 130)).macs == flop_counter_macs(model, (97, 130))
+
+
+def test_exact_counts_of_segformer_b2():
+    assert flops.count(on_meta("segformer_b2", head="mlp_concat")).macs == 62_337_843_200
+    assert flops.count(on_meta("segformer_b2")).macs == 24_287_117_312
+    assert flops.count(models.fuse(on_meta("segformer_b2"))).macs == 23_683_137_536
+    published = {0: 8_387_821_568, 1: 15_878_062_080, 3: 78_963_015_680, 4: 95_567_478_784, 5: 111_510_290_432}
+    for index, macs in published.items():
+        assert flops.count(on_meta(f"segformer_b{index}", head="mlp_concat")).macs == macs
+
+
+def loop_macs(out_shape, dot_length):
+    """Multiply-adds of a convolution or product, one scalar product at a time."""
+    total = 0
+    for _ in np.ndindex(*out_shape):
+        for _ in range(dot_length):
+            total += 1
+    return total
+
+
+@pytest.mark.parametrize("module, shape, dot", [
+    (torch.nn.Conv2d(4, 6, 3, stride=2, padding=1), (1, 4, 7, 5), 4 * 9), (torch.nn.Conv2d(4, 8, (1, 3), groups=4), (2, 4, 5, 5), 3),
+    (torch.nn.Linear(5, 3), (2, 7, 5), 5)])
+def test_formulas_against_a_loop(module, shape, dot):
+    x = torch.randn(shape)
+    out = module(x)
+    formula = next(flops.MACS[c] for c in type(module).__mro__ if c in flops.MACS)
+    assert formula(module, (x,), out) == loop_macs(out.shape, dot)
+
+
+def test_formulas_of_products():
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 4, 5)
+    assert flops.MACS[layers.MatMul](None, (a, b), a @ b) == loop_macs((2, 3, 5), 4)
+    q, k, v = torch.randn(1, 2, 6, 3), torch.randn(1, 2, 5, 3), torch.randn(1, 2, 5, 4)
+    assert flops.MACS[layers.Attend](None, (q, k, v), layers.Attend()(q, k, v)) == loop_macs((2, 6, 5), 3) + loop_macs((2, 6, 4), 5)
+
+
+def test_counting_leaves_no_trace():
+    model = models.build("segformer_b0", num_classes=3)
+    model.train()
+    model.encoder.stages[0].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()]
+    first, second = flops.count(model, (64, 64)), flops.count(model, (64, 64))
+    assert first == second and sum(r["macs"] for r in first.rows) == first.macs and sum(r["params"] for r in first.rows) == first.params
+    assert {p: m for p, (_, m) in first.by_part().items()} == {
+        p: sum(r["macs"] for r in first.rows if r["part"] == p) for p in first.by_part()}
+    assert [m.training for m in model.modules()] == before[1]
+    assert all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+    model.head.act = torch.nn.Softplus()
+    with pytest.raises(UserError, match="Softplus"):
+        flops.count(model, (64, 64))
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def run(script, *arguments, **more):
+    """A script as a user starts it -> (exit status, stdout, stderr)."""
+    done = subprocess.run([sys.executable, os.path.join(HERE, script), *map(str, arguments)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+    return done.returncode, done.stdout, done.stderr
+
+
+def one_line_error(result, *words):
+    status, _, stderr = result
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert status == 1 and len(lines) == 1 and "Traceback" not in stderr
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_flops_command(tmp_path):
+    status, out, _ = run("flops.py", "--model", "segformer_b2", "--head", "mlp_concat", "--json", tmp_path / "a.json")
+    table = json.loads((tmp_path / "a.json").read_text())
+    assert status == 0 and table["macs"] == 62_337_843_200 and table["params"] == 27_461_974 and "62,337,843,200" in out
+    status, out, _ = run("flops.py", "--model", "segformer_b0", "--size", "64x96", "--json", "-")
+    assert json.loads(out)["size"] == [64, 96]
+    one_line_error(run("flops.py", "--model", "segformer_b99"), "segformer_b99", "segformer_b0")
+    one_line_error(run("flops.py", "--attn", "magic"), "--attn", "magic", "sra")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_confusion_matrix_against_brute_force():
+    torch.manual_seed(0)
+    label, pred = torch.randint(0, 5, (3, 17, 19)), torch.randint(0, 4, (3, 17, 19))
+    label[label == 4] = 255                             # class 4 is nowhere; 3 is confused with all
+    matrix = eval.ConfusionMatrix(5)
+    for l, p in zip(label, pred):
+        matrix.update(p, l)
+    for k in range(5):
+        inside = sum(1 for l, p in zip(label.flatten().tolist(), pred.flatten().tolist()) if l == p == k)
+        union = sum(1 for l, p in zip(label.flatten().tolist(), pred.flatten().tolist()) if l != 255 and k in (l, p))
+        total = (label == k).sum().item()
+        iou, accuracy = matrix.iou()[k].item(), matrix.accuracy()[k].item()
+        assert np.isnan(iou) and np.isnan(accuracy) if k == 4 else (iou, accuracy) == pytest.approx((inside / union, inside / total))
+    assert matrix.summary()["mIoU"] == pytest.approx(100 * matrix.iou()[:4].mean().item())
+    assert matrix.counts.dtype == torch.int64 and matrix.counts.sum() == (label != 255).sum()
+    matrix.counts += 2 ** 40                            # far beyond what float32 can count
+    before = matrix.counts.sum()
+    matrix.update(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    assert matrix.counts.sum() == before + 1
+
+
+class Pairs:
+    """Images of several sizes with labels, as a data set."""
+    num_classes, seed = 4, 0
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        sizes = [(40, 56), (64, 48), (40, 56), (33, 91), (40, 56)]
+        self.items = [(torch.from_numpy(rng.integers(0, 256, (3, *s), dtype=np.uint8)), torch.from_numpy(rng.integers(0, 4, s)), str(s))
+                      for s in sizes]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    torch.manual_seed(0)
+    return models.build("segformer_b0", num_classes=4).eval()
+
+
+@pytest.mark.parametrize("protocol", [{}, {"size_divisor": 32}, {"scales": (0.75, 1.5), "flip": True}, {"slide": (32, 20)}])
+def test_evaluation_does_not_depend_on_batch_or_ranks(small_model, protocol):
+    whole = eval.evaluate_seg(small_model, Pairs(), data.Processes(), 1, 0, short_side=40, **protocol)
+    batched = eval.evaluate_seg(small_model, Pairs(), data.Processes(), 3, 0, short_side=40, **protocol)
+    ranks = [eval.evaluate_seg(small_model, Pairs(), data.Processes(rank=r, world=2), 1, 0, short_side=40, **protocol) for r in (0, 1)]
+    assert (whole.counts - batched.counts).abs().sum() <= 4         # rounding of another kernel may flip a near-tie
+    assert torch.equal(whole.counts, ranks[0].counts + ranks[1].counts)
+    assert whole.counts.sum() == sum(labels.numel() for _, labels, _ in Pairs().items)
+
+
+def test_protocol_against_the_plain_computation():
+    torch.manual_seed(0)
+    model = models.build("segformer_b0", num_classes=4).double().eval()
+    image = Pairs()[3][0]
+    normalised = lambda x: ((x.double() / 255 - data.MEAN) / data.STD)[None]
+    original = data.normalise
+    with pytest.MonkeyPatch.context() as patch:                     # float64 through and through
+        patch.setattr(data, "normalise", lambda x: original(x).double())
+        got = eval.predict(model, image, (33, 91), "cpu", scales=(1.0, 2.0), flip=True)
+        mean = 0
+        for size in ((33, 91), (66, 182)):
+            x = normalised(eval.TF.resize(image, size, antialias=True))
+            for flip in (False, True):
+                logits = model(x.flip(-1) if flip else x)
+                full = F.interpolate(logits, (33, 91), mode="bilinear")
+                mean = mean + (full.flip(-1) if flip else full).softmax(1)
+        assert (got == mean.argmax(1)[0]).double().mean() > 0.999   # the float32 normalisation may flip a near-tie
+        got = eval.predict(model, image, (33, 91), "cpu", slide=(32, 24))
+        total, times = torch.zeros(1, 4, 33, 91, dtype=torch.float64), torch.zeros(33, 91)
+        for y in (0, 1):
+            for x in (0, 24, 48, 59):
+                part = normalised(image)[:, :, y:y + 32, x:x + 32]
+                total[:, :, y:y + 32, x:x + 32] += F.interpolate(model(part), (32, 32), mode="bilinear")
+                times[y:y + 32, x:x + 32] += 1
+        assert (got == (total / times).argmax(1)[0]).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("size, short, scale, divisor, expected", [
+    ((512, 683), 512, 1, None, [512, 683]), ((100, 1000), 512, 1, None, [205, 2048]), ((600, 400), 512, 1, 32, [768, 512]),
+    ((375, 500), 512, 0.5, 32, [256, 352]), ((375, 500), None, 1, None, [375, 500])])
+def test_input_size(size, short, scale, divisor, expected):
+    assert eval.input_size(size, short, scale, divisor) == expected
+
+
+@pytest.fixture(scope="module")
+def street(tmp_path_factory):
+    """A tiny data set in ADE20K's layout with a checkpoint that fits it, and one that does not."""
+    root = tmp_path_factory.mktemp("street")
+    rng = np.random.default_rng(0)
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 256, (40, 50 + i, 3), dtype=np.uint8)).save(root / "images" / split / f"{i}.png")
+            Image.fromarray(rng.integers(0, 5, (40, 50 + i), dtype=np.uint8)).save(root / "annotations" / split / f"{i}.png")
+    (root / "id2label.json").write_text(json.dumps({str(k): name for k, name in enumerate(["sky", "road", "tree", "car"])}))
+    for name, classes in (("good.pt", 4), ("other.pt", 9)):
+        model = models.build("segformer_b0", num_classes=classes)
+        models.save_checkpoint(root / name, {
+            "spec": models.describe(model), "model": model.state_dict(), "ema": None, "classes": ["sky", "road", "tree", "car"],
+            "colors": [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]],
+            "args": {"crop": 40, "zero_is_class": False, "data_path": "street"}})
+    return root
+
+
+def test_eval_command_prints_and_writes_the_same(street, tmp_path):
+    status, out, err = run("eval.py", "--checkpoint", street / "good.pt", "--data-path", street, "--json", tmp_path / "r.json")
+    assert status == 0, err
+    result = json.loads((tmp_path / "r.json").read_text())
+    for name in ("aAcc", "mIoU", "mAcc"):
+        assert f"{name} {result[name]:.2f} %" in out
+    for name, figures in result["classes"].items():
+        assert f"{name:<28}{figures['IoU']:8.2f}{figures['Acc']:8.2f}" in out
+    assert result["short_side"] == 40 and result["images"] == 3
+
+
+def test_eval_draws_images(street, tmp_path):
+    status, out, err = run("eval.py", "--checkpoint", street / "good.pt", "--images", street / "images" / "validation", "--save-dir", tmp_path)
+    assert status == 0, err
+    label = Image.open(tmp_path / "1.png")
+    ids = np.array(label)
+    assert label.mode == "P" and ids.shape == (40, 51) and ids.min() >= 1 and ids.max() <= 4     # the ids of the data set's masks
+    assert label.getpalette()[3:15] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert Image.open(tmp_path / "1_overlay.png").size[0] >= 200
+
+
+def test_eval_mistakes_are_one_line(street, tmp_path):
+    one_line_error(run("eval.py", "--checkpoint", tmp_path / "no.pt"), "no.pt", "no such file")
+    one_line_error(run("eval.py", "--checkpoint", street / "other.pt", "--data-path", street), "4 classes", "9")
+    one_line_error(run("eval.py"), "--checkpoint", "--pretrain")
+    one_line_error(run("eval.py", "--checkpoint", street / "good.pt", "--data-path", tmp_path / "none"), "none")
+    one_line_error(run("eval.py", "--model", "segformer_b1", "--pretrain", street / "good.pt"), "segformer_b0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import json
 import math
 import resource
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -132,12 +133,11 @@ def find_state(output, resume, settings):
     return state
 
 
-def average_buffers(model, world):
-    """BatchNorm statistics are of each process's own images: all evaluate and save their mean."""
-    for buffer in model.buffers():
-        if world > 1 and buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= world
+def share_buffers(model):
+    """Each process updated its BatchNorm statistics in its last pass: all take those of process 0, which saves its own."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def peak_memory(device):
@@ -214,7 +214,8 @@ def main(argv=None):
             append(log, state["row"])
     net = torch.compile(model) if args.compile else model
     if world > 1:
-        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 kernels, where several strides say the same
+        net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     criterion = UpsampledCrossEntropy(data.IGNORED)
     amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
     say(f"{model.spec}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {train_set.num_classes} classes; "
@@ -273,10 +274,9 @@ def main(argv=None):
         speed = len(losses) * batch / (time.time() - start)
 
         # validation, on all processes
-        average_buffers(model, world)
-        if ema:
-            average_buffers(ema, world)
         evaluated = (ema.module if ema else model).eval()
+        share_buffers(model)
+        share_buffers(evaluated)
         metrics = evaluate_seg(evaluated, val_set, processes, 1, args.workers, short_side=args.crop).summary()
         improved = metrics["mIoU"] > best["mIoU"]
         if improved:
