@@ -43,6 +43,19 @@ def heads_first(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def windows(x, size, stride):
+    """(B, C, H, W) -> (P, C, size, size): its windows, `stride` pixels apart, P in the whole batch; one copy, channels_last."""
+    x = x.unfold(2, size, stride).unfold(3, size, stride)                       # (B, C, h, w, size, size), a view
+    return x.permute(0, 2, 3, 4, 5, 1).flatten(0, 2).permute(0, 3, 1, 2)
+
+
+def join_windows(x, like):
+    """(P, C, s, s), windows that touch -> (B, C, H, W) with the B, H and W of the map `like`; one copy, channels_last."""
+    size = x.shape[2]
+    x = x.permute(0, 2, 3, 1).unflatten(0, (len(like), -1, like.shape[3] // size))      # (B, h, w, s, s, C)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
 class MatMul(nn.Module):
     """`a @ b` of two computed tensors, as a module so that a FLOPs hook sees it."""
 
@@ -142,8 +155,70 @@ class OverlapEmbed(ConvNorm):
         super().__init__(nn.Conv2d(in_dim, dim, kernel, stride, kernel // 2), norm(dim, eps=1e-5))
 
 
+class PatchEmbed(nn.Module):
+    """Patches that do not overlap (Swin, arXiv 2103.14030 §3.1): 4x4 convolution and norm, then 2x2 merging.
+
+    Merging: norm, then Linear without bias, of the 2x2 neighbours' channels in the order (row, column) 00, 10, 01, 11.
+    Zeros fill the last patch to the right and below, as in the released segmentation code. Norm eps 1e-5.
+    """
+
+    def __init__(self, in_dim, dim, stride, norm):
+        super().__init__()
+        self.stride = stride
+        if stride == 4:
+            self.proj = nn.Conv2d(in_dim, dim, stride, stride)
+            self.norm = norm(dim, eps=1e-5)
+        else:
+            self.norm = norm(stride ** 2 * in_dim, eps=1e-5)
+            self.reduction = Pointwise(stride ** 2 * in_dim, dim, bias=False)
+
+    def forward(self, x):
+        s = self.stride
+        bottom, right = -x.shape[2] % s, -x.shape[3] % s
+        if bottom or right:
+            x = F.pad(x, (0, right, 0, bottom))
+        if s == 4:
+            return self.norm(self.proj(x))
+        x = x.permute(0, 2, 3, 1).unflatten(1, (-1, s)).unflatten(3, (-1, s))   # (B, H/s, s, W/s, s, C)
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)                              # (B, H/s, W/s, s s C)
+        return self.reduction(self.norm(x.permute(0, 3, 1, 2)))
+
+
+class ConvEmbed(nn.Sequential):
+    """3x3 convolutions of stride 2, each with a norm (SegNeXt §3.1); the stem has two, with a GELU between them alone."""
+
+    def __init__(self, in_dim, dim, stride, norm):
+        widths = [in_dim, dim // 2, dim] if stride == 4 else [in_dim, dim]
+        super().__init__(*(ConvNorm(nn.Conv2d(a, b, 3, 2, 1), norm(b, eps=1e-5), nn.GELU() if b != dim else None)
+                           for a, b in zip(widths, widths[1:])))
+
+
+class NextEmbed(nn.Sequential):
+    """Next-ViT's down-sampling (arXiv 2207.05501 §3.5): 2x2 mean, 1x1 convolution, norm; the stem is four 3x3 ConvNormReLU.
+
+    Where sides are odd, the last mean is over the pixels that are there. The stem's 64 channels go through a 1x1 convolution
+    where the first stage has another width: in the released code that one belongs to the stage's first block.
+    """
+
+    def __init__(self, in_dim, dim, stride, norm):
+        steps = []
+        if stride == 4:
+            widths, strides = (in_dim, 64, 32, 64, 64), (2, 1, 1, 2)
+            steps = [ConvNorm(nn.Conv2d(a, b, 3, s, 1, bias=False), norm(b, eps=1e-5), nn.ReLU())
+                     for a, b, s in zip(widths, widths[1:], strides)]
+            in_dim = 64
+        elif stride == 2:
+            steps = [nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)]
+        if stride == 2 or in_dim != dim:
+            steps.append(ConvNorm(Pointwise(in_dim, dim, bias=False), norm(dim, eps=1e-5)))
+        super().__init__(*steps)
+
+
 EMBED = {
     "overlap": OverlapEmbed,
+    "patch": PatchEmbed,
+    "conv": ConvEmbed,
+    "next": NextEmbed,
 }
 
 
@@ -175,22 +250,317 @@ class SpatialReductionAttention(nn.Module):
     def smallest_grid(reduction):
         return reduction
 
+    def reduce(self, x):
+        return self.norm(self.sr(x)) if self.reduction > 1 else x   # (B, C, H/R, W/R)
+
     def forward(self, x):
-        y = self.norm(self.sr(x)) if self.reduction > 1 else x      # (B, C, H/R, W/R)
         q = heads_first(tokens(self.q(x)), self.heads)              # (B, h, N, d)
-        k, v = (heads_first(t, self.heads) for t in tokens(self.kv(y)).chunk(2, -1))  # (B, h, M, d)
+        kv = tokens(self.kv(self.reduce(x)))                        # (B, M, 2C)
+        k, v = (heads_first(t, self.heads) for t in kv.chunk(2, -1))    # (B, h, M, d)
         out = self.attend(q, k, v).transpose(1, 2).flatten(2)       # (B, N, C)
         return self.proj(grid(out, x))
 
 
+POOL = 7        # side of the grid that linear attention pools its keys to
+
+
+class LinearSRA(SpatialReductionAttention):
+    """Attention to a map pooled to 7x7, whatever the image's size: cost linear in N (PVTv2, arXiv 2106.13797 §3.3).
+
+    As SpatialReductionAttention, with keys and values from GELU(LN(W mean_7x7(x))); R is not used. A map smaller than 7x7 is
+    repeated, not pooled, as the released code does. Cost: 2NC² + 49 (3C² + 2NC).
+    """
+
+    def __init__(self, dim, heads, reduction, index=0):
+        super().__init__(dim, heads, 1)
+        self.pool = nn.AdaptiveAvgPool2d(POOL)
+        self.sr = Pointwise(dim, dim)
+        self.norm = LayerNorm2d(dim)
+        self.act = nn.GELU()
+
+    @staticmethod
+    def smallest_grid(reduction):
+        return 1
+
+    def reduce(self, x):
+        return self.act(self.norm(self.sr(self.pool(x))))           # (B, C, 7, 7)
+
+
+class LinearSRANoProj(LinearSRA):
+    """LinearSRA without the output projection: the block of the original project's final model; saves NC² + C² + C."""
+
+    def __init__(self, dim, heads, reduction, index=0):
+        super().__init__(dim, heads, reduction)
+        self.proj = nn.Identity()
+
+
+KEY_DIM, VALUE_DIM = 64, 32     # of efficient attention in every stage, as the original project has it
+
+
+class EfficientAttention(nn.Module):
+    """Attention whose soft-maxes come before the product, so that it costs O(N) (arXiv 1812.01243 §3.2, Eq. 4).
+
+    out = Wo (Wr ρq(Q) (ρk(K)ᵀ V) + x);  ρq: soft-max over a head's channels, ρk: over the positions; no 1/√d
+    Wr and the inner shortcut are the released module (heads are its addition to the paper); Wo is the output projection that
+    SegFormer's blocks put behind it. Heads: the largest power of two up to the row's, as 64 and 32 must divide by it.
+    Cost: N (C 64 + C 64 + C 32 + 32 C + C²) + 2 N 64 32 / h.
+    """
+
+    def __init__(self, dim, heads, reduction, index=0):
+        super().__init__()
+        self.heads = 2 ** int(math.log2(heads))
+        self.queries = Pointwise(dim, KEY_DIM)
+        self.keys = Pointwise(dim, KEY_DIM)
+        self.values = Pointwise(dim, VALUE_DIM)
+        self.reprojection = Pointwise(VALUE_DIM, dim)
+        self.proj = Pointwise(dim, dim)
+        self.matmul = MatMul()
+
+    def reduce(self, x):
+        return x
+
+    def forward(self, x):
+        y = self.reduce(x)
+        q = tokens(self.queries(x)).unflatten(-1, (self.heads, -1)).softmax(-1).transpose(1, 2)     # (B, h, N, dk)
+        k = heads_first(tokens(self.keys(y)).softmax(1), self.heads)            # (B, h, M, dk)
+        v = heads_first(tokens(self.values(y)), self.heads)                     # (B, h, M, dv)
+        context = self.matmul(k.mT, v)                                          # (B, h, dk, dv)
+        out = self.matmul(q, context).transpose(1, 2).flatten(2)                # (B, N, 32)
+        return self.proj(self.reprojection(grid(out, x)) + x)
+
+
+class LinearEfficientAttention(EfficientAttention):
+    """LSREA: efficient attention whose keys and values come from LinearSRA's 7x7 map (the original project's own block).
+
+    What it saves comes from the narrow 64 and 32 channels: with 49 keys, soft-max attention is linear in N as well.
+    """
+
+    def __init__(self, dim, heads, reduction, index=0):
+        super().__init__(dim, heads, reduction)
+        self.pool = nn.AdaptiveAvgPool2d(POOL)
+        self.sr = Pointwise(dim, dim)
+        self.norm = LayerNorm2d(dim)
+        self.act = nn.GELU()
+
+    reduce = LinearSRA.reduce
+
+
+class LinearEfficientAttentionNoProj(LinearEfficientAttention):
+    """LSREA without the output projection behind its inner shortcut."""
+
+    def __init__(self, dim, heads, reduction, index=0):
+        super().__init__(dim, heads, reduction)
+        self.proj = nn.Identity()
+
+
+class SimplifiedAttention(nn.Module):
+    """DEST's attention without soft-max and without values (arXiv 2204.13791 §3.2): one scalar a query.
+
+    out = Wo (mean(x) Σ_heads max over keys of q kᵀ / √d);  k from BN(conv_{RxR, stride R}(x)) for R > 1
+    The heads only add up, so the map before Wo has rank 1, and Wo meets one vector an image: NC² - C² multiply-adds less than
+    written. Cost: NC² + MC² + M R² C² (R > 1) + NMC + C².
+    """
+
+    def __init__(self, dim, heads, reduction, index=0):
+        super().__init__()
+        self.heads = heads
+        self.q = Pointwise(dim, dim)
+        self.k = Pointwise(dim, dim)
+        self.proj = Pointwise(dim, dim)
+        self.sr = ConvNorm(nn.Conv2d(dim, dim, reduction, reduction), BatchNorm2d(dim)) if reduction > 1 else nn.Identity()
+        self.matmul = MatMul()
+
+    smallest_grid = SpatialReductionAttention.smallest_grid
+
+    def forward(self, x):
+        q = heads_first(tokens(self.q(x)), self.heads)                          # (B, h, N, d)
+        k = heads_first(tokens(self.k(self.sr(x))), self.heads)                 # (B, h, M, d)
+        weight = self.matmul(q, k.mT).amax(-1).sum(1) * q.shape[-1] ** -0.5     # (B, N)
+        value = F.conv2d(x.mean((2, 3), keepdim=True), self.proj.weight)
+        return grid(weight[..., None], x) * value + self.proj.bias[:, None, None]
+
+
+class WindowAttention(nn.Module):
+    """Attention inside 7x7 windows, which odd blocks shift by 3 (Swin, arXiv 2103.14030 §3.2), with a bias for each offset.
+
+    softmax(q kᵀ / √d + B + mask) v;  B from a table of 13² offsets a head;  mask: -100 between pixels that the cyclic shift
+    made neighbours. As the released segmentation code: pad right and below to multiples of 7, then roll; padded pixels are
+    zeros that do act as keys. Classification never shifts along a side of at most 7 pixels: models.build then sets
+    `shift_small` to False. Cost: 4NC² + 98NC for the padded N.
+    """
+    SIZE, SHIFT = 7, 3
+
+    def __init__(self, dim, heads, reduction, index=0):
+        super().__init__()
+        self.heads = heads
+        self.shift = self.SHIFT if index % 2 else 0
+        self.shift_small = True
+        self.qkv = Pointwise(dim, 3 * dim)
+        self.proj = Pointwise(dim, dim)
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * self.SIZE - 1) ** 2, heads))
+        nn.init.normal_(self.relative_position_bias_table, std=0.02)
+        self.attend = Attend()
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        bottom, right = -height % self.SIZE, -width % self.SIZE
+        y = F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+        shift = [self.shift if self.shift_small or side > self.SIZE else 0 for side in y.shape[2:]]
+        y = y.roll([-s for s in shift], (2, 3)) if any(shift) else y
+        p = windows(y, self.SIZE, self.SIZE)                                    # (P, C, 7, 7)
+        q, k, v = (heads_first(t, self.heads) for t in tokens(self.qkv(p)).chunk(3, -1))    # (P, h, 49, d)
+        bias = self.bias()
+        if any(shift):
+            bias = (bias + self.mask(y, shift)).repeat(len(x), 1, 1, 1)         # (P, h, 49, 49)
+        out = self.attend(q, k, v, bias).transpose(1, 2).flatten(2)             # (P, 49, C)
+        out = join_windows(self.proj(grid(out, p)), y)
+        out = out.roll(shift, (2, 3)) if any(shift) else out
+        return out[:, :, :height, :width]
+
+    def bias(self):
+        """(1, h, 49, 49): entry (query i, key j) is the table's at offset i - j, both axes + 6."""
+        side = 2 * self.SIZE - 1
+        table = self.relative_position_bias_table.unflatten(0, (side, side))    # (13, 13, h)
+        by_query = table.unfold(0, self.SIZE, 1).unfold(1, self.SIZE, 1).flip(3, 4)     # (7, 7, h, 7, 7)
+        return by_query.permute(2, 0, 1, 3, 4).flatten(3).flatten(1, 2)[None]
+
+    def mask(self, y, shift):
+        """(windows of one image, 1, 49, 49): -100 where query and key were not in one window's part of the map before rolling."""
+        parts = []
+        for side, s in zip(y.shape[2:], shift):
+            i = torch.arange(side, device=y.device)
+            part = (i >= side - self.SIZE).int() + (i >= side - s).int() if s else torch.zeros_like(i)
+            parts.append(part.view(-1, self.SIZE))                              # (windows, 7)
+        part = 3 * parts[0][:, None, :, None] + parts[1][None, :, None, :]      # (h, w, 7, 7)
+        part = part.flatten(2).flatten(0, 1)                                    # (h w, 49)
+        return -100.0 * (part[:, :, None] != part[:, None, :])[:, None].to(y.dtype)
+
+
+class MSCA(nn.Module):
+    """Multi-scale convolutional attention: a gate from large strip convolutions (SegNeXt, arXiv 2209.08575 §3.1, Eq. 1).
+
+    g = GELU(W1 x);  z = DW5x5(g);  out = W2 (g ⊙ W3 (z + Σ_k DW_kx1(DW_1xk(z)))) + x,  k = 7, 11, 21
+    The inner shortcut adds this module's input, that is, the normed map; no sigmoid. The original project's copy reads the
+    input in every strip and lacks the shortcut; this is the paper's. Cost: 3NC² + 103NC.
+    """
+
+    def __init__(self, dim, heads, reduction, index=0):
+        super().__init__()
+        strip = lambda *kernel: nn.Conv2d(dim, dim, kernel, padding=[k // 2 for k in kernel], groups=dim)
+        self.proj_1 = Pointwise(dim, dim)
+        self.act = nn.GELU()
+        self.local = strip(5, 5)
+        self.strips = nn.ModuleList(nn.Sequential(strip(1, k), strip(k, 1)) for k in (7, 11, 21))
+        self.mix = Pointwise(dim, dim)
+        self.proj_2 = Pointwise(dim, dim)
+
+    def forward(self, x):
+        gate = self.act(self.proj_1(x))
+        z = self.local(gate)
+        small, medium, large = (strip(z) for strip in self.strips)
+        return self.proj_2(gate * self.mix(z + small + medium + large)) + x
+
+
+class TokenMixer(nn.Module):
+    """MLP-Mixer's token MLP (arXiv 2105.01601 Eq. 1), shared by the channels and by 7x7 windows, so that any image size works.
+
+    y = W4 GELU(W3 x + b3) + b4 along the 49 positions of a window, hidden width C/2; zeros fill the last windows. Without a
+    shift: between windows, the FFN's 3x3 convolution and the embeddings carry what there is. erf GELU, as in timm; the
+    original has the tanh form. Cost: 49 NC.
+    """
+    SIZE = 7
+
+    def __init__(self, dim, heads, reduction, index=0):
+        super().__init__()
+        self.fc1 = nn.Conv1d(self.SIZE ** 2, dim // 2, 1)           # the positions are the convolution's channels
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv1d(dim // 2, self.SIZE ** 2, 1)
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        bottom, right = -height % self.SIZE, -width % self.SIZE
+        y = F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+        p = windows(y, self.SIZE, self.SIZE)                                    # (P, C, 7, 7)
+        out = self.fc2(self.act(self.fc1(tokens(p))))                           # (P, 49, C)
+        return join_windows(grid(out, p), y)[:, :, :height, :width]
+
+
+class MHCA(nn.Module):
+    """Multi-head convolutional attention: W ReLU(BN(3x3 convolution in groups of channels)) (Next-ViT, arXiv 2207.05501 §3.3).
+
+    A head is a group; the 1x1 convolution lets them talk. No bias. Cost: 9NC²/h + NC².
+    """
+
+    def __init__(self, dim, heads, reduction, index=0):
+        super().__init__()
+        self.group_conv = ConvNorm(nn.Conv2d(dim, dim, 3, padding=1, groups=heads, bias=False), BatchNorm2d(dim), nn.ReLU())
+        self.projection = Pointwise(dim, dim, bias=False)
+
+    def forward(self, x):
+        return self.projection(self.group_conv(x))
+
+
+class EMHSA(nn.Module):
+    """Attention whose keys are means of R² consecutive tokens (Next-ViT's E-MHSA, arXiv 2207.05501 §3.4, Eq. 4).
+
+    k, v from BN(mean of R² tokens) for R > 1. As in the released code the tokens are those of the flattened map, R² along a
+    row and not R x R, and the last ones that do not fill a mean are not seen. Cost: 2NC² + 2MC² + 2NMC, M = ⌊N/R²⌋.
+    """
+
+    def __init__(self, dim, heads, reduction, index=0):
+        super().__init__()
+        self.heads = heads
+        self.group = reduction ** 2
+        self.q, self.k, self.v, self.proj = (Pointwise(dim, dim) for _ in range(4))
+        if reduction > 1:
+            self.norm = BatchNorm2d(dim)
+        self.attend = Attend()
+
+    smallest_grid = SpatialReductionAttention.smallest_grid
+
+    def forward(self, x):
+        y = x
+        if self.group > 1:
+            t = tokens(x)
+            m = t.shape[1] // self.group
+            t = t[:, :m * self.group].unflatten(1, (m, self.group)).mean(2)     # (B, M, C)
+            y = self.norm(t[:, None].permute(0, 3, 1, 2))                       # (B, C, 1, M)
+        q, k, v = (heads_first(tokens(f(a)), self.heads) for f, a in ((self.q, x), (self.k, y), (self.v, y)))
+        return self.proj(grid(self.attend(q, k, v).transpose(1, 2).flatten(2), x))
+
+
 ATTENTION = {
     "sra": SpatialReductionAttention,
+    "lsra": LinearSRA,
+    "lsra_noproj": LinearSRANoProj,
+    "ea": EfficientAttention,
+    "lsrea": LinearEfficientAttention,
+    "lsrea_noproj": LinearEfficientAttentionNoProj,
+    "dest": SimplifiedAttention,
+    "window": WindowAttention,
+    "msca": MSCA,
+    "emhsa": EMHSA,
+    "mhca": MHCA,
+    "mixer": TokenMixer,
 }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Feed-forward networks
 # ---------------------------------------------------------------------------------------------------------------------
+
+class MLP(nn.Module):
+    """fc2(act(fc1 x)): the Transformer's own. Cost: 2 r N C²."""
+
+    def __init__(self, dim, ratio, act=nn.GELU):
+        super().__init__()
+        self.fc1 = Pointwise(dim, dim * ratio)
+        self.act = act()
+        self.fc2 = Pointwise(dim * ratio, dim)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
 
 class MixFFN(nn.Module):
     """fc2(GELU(DW3x3(fc1 x))): the zero-padded depth-wise convolution carries position, so no embedding does (SegFormer Eq. 3).
@@ -210,8 +580,36 @@ class MixFFN(nn.Module):
         return self.fc2(self.act(self.dwconv(self.fc1(x))))
 
 
+class MixReLUFFN(MixFFN):
+    """MixFFN with a ReLU after fc1: PVTv2's linear models have it in their released code, not in the paper."""
+
+    def __init__(self, dim, ratio):
+        super().__init__(dim, ratio)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        return self.fc2(self.act(self.dwconv(self.relu(self.fc1(x)))))
+
+
+class DestFFN(nn.Module):
+    """fc2(ReLU(BN(DW3x3(BN(fc1 x))))): DEST's Mix-FFN, all of it foldable (arXiv 2204.13791 §3.3). Cost: that of MixFFN."""
+
+    def __init__(self, dim, ratio):
+        super().__init__()
+        hidden = dim * ratio
+        self.fc1 = ConvNorm(Pointwise(dim, hidden), BatchNorm2d(hidden))
+        self.dwconv = ConvNorm(nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden), BatchNorm2d(hidden), nn.ReLU())
+        self.fc2 = Pointwise(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(self.dwconv(self.fc1(x)))
+
+
 FFN = {
+    "mlp": MLP,
     "mix": MixFFN,
+    "mix_relu": MixReLUFFN,
+    "dest": DestFFN,
 }
 
 
@@ -232,8 +630,37 @@ class PreNorm(nn.Module):
         return x + self.drop_path(self.branch(self.norm(x)))
 
 
+class ScaledPreNorm(PreNorm):
+    """x + DropPath(s ⊙ F(norm x)), s one scale a channel, 0.01 at the start (CaiT, arXiv 2103.17239 §2; SegNeXt's blocks)."""
+
+    def __init__(self, branch, dim, norm, drop_path):
+        super().__init__(branch, dim, norm, drop_path)
+        self.scale = nn.Parameter(torch.full((dim,), 1e-2))
+
+    def forward(self, x):
+        return x + self.drop_path(self.scale[:, None, None] * self.branch(self.norm(x)))
+
+
+class RecursiveSkip(nn.Module):
+    """norm2(DropPath(norm1(F(x) + x)) + x): the shortcut added twice, post-norm (arXiv 2105.07205, rSkip+LN of order 2).
+
+    The branch gets x as it is. With separate norms and the drop-path inside, as the original project has it.
+    """
+
+    def __init__(self, branch, dim, norm, drop_path):
+        super().__init__()
+        self.branch = branch
+        self.norm1, self.norm2 = norm(dim), norm(dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        return self.norm2(self.drop_path(self.norm1(self.branch(x) + x)) + x)
+
+
 SKIP = {
     "pre": PreNorm,
+    "scaled": ScaledPreNorm,
+    "recursive": RecursiveSkip,
 }
 
 
@@ -244,6 +671,61 @@ class Block(nn.Sequential):
         super().__init__()
         self.attn = attn
         self.ffn = ffn
+
+
+class NextConvBlock(nn.Module):
+    """NCB: x + MHCA(x), then x + MLP(BN(x)) with ReLU and ratio 3 (Next-ViT, arXiv 2207.05501 §3.3). MHCA has no norm before it."""
+
+    def __init__(self, in_dim, dim, drop_path):
+        super().__init__()
+        self.patch_embed = NextEmbed(in_dim, dim, 1, BatchNorm2d)       # nothing, where the widths agree
+        self.mhca = MHCA(dim, dim // HEAD_DIM, 1)
+        self.mlp_norm = BatchNorm2d(dim)
+        self.mlp = MLP(dim, 3, nn.ReLU)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = self.patch_embed(x)
+        x = x + self.drop_path(self.mhca(x))
+        return x + self.drop_path(self.mlp(self.mlp_norm(x)))
+
+
+class NextTransformerBlock(nn.Module):
+    """NTB: attention on 3/4 of the channels, MHCA on a projection of them, both kept; then an MLP of ratio 2 (§3.4, Eq. 5).
+
+    y = x + attention(BN(x));  z = p + MHCA(p), p = BN(W y);  out = c + MLP(BN(c)), c = cat(y, z)
+    Drop-path rates of the three: 0.75, 0.25 and 1 times the block's.
+    """
+
+    def __init__(self, attention, in_dim, dim, reduction, index, drop_path):
+        super().__init__()
+        wide = attention_width(dim)
+        narrow = dim - wide
+        self.patch_embed = NextEmbed(in_dim, wide, 1, BatchNorm2d)
+        self.norm1 = BatchNorm2d(wide)
+        self.attn = attention(wide, wide // HEAD_DIM, reduction, index)
+        self.projection = ConvNorm(Pointwise(wide, narrow, bias=False), BatchNorm2d(narrow))
+        self.mhca = MHCA(narrow, narrow // HEAD_DIM, 1)
+        self.norm2 = BatchNorm2d(dim)
+        self.mlp = MLP(dim, 2, nn.ReLU)
+        self.drop_attn, self.drop_mhca, self.drop_mlp = (DropPath(p * drop_path) for p in (0.75, 0.25, 1))
+
+    def forward(self, x):
+        x = self.patch_embed(x)
+        y = x + self.drop_attn(self.attn(self.norm1(x)))                # (B, 3C/4, H, W)
+        z = self.projection(y)                                          # (B, C/4, H, W)
+        z = z + self.drop_mhca(self.mhca(z))
+        c = torch.cat([y, z], 1)
+        return c + self.drop_mlp(self.mlp(self.norm2(c)))
+
+
+HEAD_DIM = 32       # channels of a head, or group, in Next-ViT
+
+
+def attention_width(dim):
+    """Channels of an NTB's attention: 3/4 of its output, to the nearest multiple of 32 (never below 0.9 of it)."""
+    width = max(HEAD_DIM, int(0.75 * dim + HEAD_DIM / 2) // HEAD_DIM * HEAD_DIM)
+    return width if width >= 0.9 * int(0.75 * dim) else width + HEAD_DIM
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -490,12 +972,6 @@ class LightHamHead(nn.Module):
 WINDOW = 8      # side of Lawin's windows, in pixels at stride 8
 
 
-def windows(x, stride):
-    """(B, C, H, W) -> (P, C, 8, 8): its 8x8 windows, `stride` pixels apart, P in the whole batch; one copy, channels_last."""
-    x = x.unfold(2, WINDOW, stride).unfold(3, WINDOW, stride)                   # (B, C, h, w, 8, 8), a view
-    return x.permute(0, 2, 3, 4, 5, 1).flatten(0, 2).permute(0, 3, 1, 2)
-
-
 class PositionMixing(nn.Module):
     """Lawin's mixing of a window's 64 positions: c + Wᵢᵀ c + bᵢ, one 64x64 matrix Wᵢ for each of h blocks of channels.
 
@@ -557,18 +1033,17 @@ class LargeWindowAttention(nn.Module):
         height, width = x.shape[2:]
         bottom, right = -height % WINDOW, -width % WINDOW
         y = F.pad(x, (0, right, 0, bottom)) if bottom or right else x           # (B, C, 8h, 8w)
-        q = windows(self.theta(y), WINDOW)                                      # (P, I, 8, 8), P = B h w
-        k, v = self.context(F.pad(self.down(y), self.margin))                   # (P, I, 8, 8)
-        q, k, v = (heads_first(tokens(t), self.heads) for t in (q, k, v))       # (P, R², 64, I/R²)
+        theta = windows(self.theta(y), WINDOW, WINDOW)                          # (P, I, 8, 8), P = B h w
+        phi, g = self.context(F.pad(self.down(y), self.margin))                 # (P, I, 8, 8)
+        q, k, v = (heads_first(tokens(t), self.heads) for t in (theta, phi, g))     # (P, R², 64, I/R²)
         out = self.attend(q, k, v).transpose(1, 2).flatten(2)                   # (P, 64, I)
-        out = out.unflatten(1, (WINDOW, WINDOW)).unflatten(0, (len(x), -1, y.shape[3] // WINDOW))   # (B, h, w, 8, 8, I)
-        out = out.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)                   # (B, I, 8h, 8w)
+        out = join_windows(grid(out, theta), y)                                 # (B, I, 8h, 8w)
         return x + self.out(out[:, :, :height, :width])
 
     def context(self, z):
         if self.mixing is None:
-            return windows(self.phi(z), self.stride), windows(self.g(z), self.stride)
-        c = self.mixing(windows(self.norm(z), self.stride))
+            return (windows(f(z), WINDOW, self.stride) for f in (self.phi, self.g))
+        c = self.mixing(windows(self.norm(z), WINDOW, self.stride))
         return self.phi(c), self.g(c)
 
 

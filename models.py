@@ -55,6 +55,31 @@ def mit(dims, *depths, **more):
     return Size({32: (32, 64, 160, 256), 64: (64, 128, 320, 512)}[dims], depths, **more)
 
 
+def lite(*depths):
+    return Size((64, 128, 256, 512), depths, (1, 2, 4, 8), eps=1e-5)
+
+
+def dest(*dims):
+    return lambda *depths: Size(dims, depths, ratios=(8, 8, 4, 4), width=256, stage_norm="none")
+
+
+def pvt_v2(dims, *depths, **more):
+    """PVTv2, Tables 1 and 2 (arXiv 2106.13797): MiT with expansion 8-8-4-4."""
+    return mit(dims, *depths, **{"ratios": (8, 8, 4, 4), "width": 256 if dims == 32 else 768} | more)
+
+
+def swin(dim, depth, cls):
+    """Swin, §3.3 (arXiv 2103.14030): width C, depth of stage 3, drop-path of classification."""
+    return Size(tuple(dim * 2 ** i for i in range(4)), (2, 2, depth, 2), tuple(dim // 32 * 2 ** i for i in range(4)), width=256,
+                drop_path=(cls, 0.3), eps=1e-5, stage_norm="tap", init="swin")
+
+
+def next_vit(depth, cls):
+    """Next-ViT, Table 3 (arXiv 2207.05501): depth of stage 3. dims: what the stages give; 3/4 of it inside."""
+    return Size((96, 256, 512, 1024), (3, 4, depth, 3), (3, 6, 12, 24), drop_path=(cls, 0.2), stage_norm="bn", init="normal",
+                groups=(0, 4, 5, 3))
+
+
 SIZES = {   # SegFormer, Table 6 (arXiv 2105.15203); the ratios are the released code's 4, not the ImageNet table's 8-8-4-4
     "mit_b0": mit(32, 2, 2, 2, 2, width=256),
     "mit_b1": mit(64, 2, 2, 2, 2, width=256),
@@ -62,6 +87,44 @@ SIZES = {   # SegFormer, Table 6 (arXiv 2105.15203); the ratios are the released
     "mit_b3": mit(64, 3, 4, 18, 3),
     "mit_b4": mit(64, 3, 8, 27, 3),
     "mit_b5": mit(64, 3, 6, 40, 3),
+
+    "pvt_v2_b0": pvt_v2(32, 2, 2, 2, 2),
+    "pvt_v2_b1": pvt_v2(64, 2, 2, 2, 2),
+    "pvt_v2_b2": pvt_v2(64, 3, 4, 6, 3),
+    "pvt_v2_b3": pvt_v2(64, 3, 4, 18, 3, drop_path=(0.3, 0.1)),
+    "pvt_v2_b4": pvt_v2(64, 3, 8, 27, 3, drop_path=(0.3, 0.1)),
+    "pvt_v2_b5": pvt_v2(64, 3, 6, 40, 3, drop_path=(0.3, 0.1), ratios=(4, 4, 4, 4)),
+
+    # SegNeXt, Table 2 (arXiv 2209.08575); mmsegmentation 1.x runs B and L with 16 bases by oversight
+    "mscan_t": mit(32, 3, 3, 5, 2, ratios=(8, 8, 4, 4), decoder=256, rank=16, eps=1e-5, init="mscan"),
+    "mscan_s": mit(64, 2, 2, 4, 2, ratios=(8, 8, 4, 4), decoder=256, rank=16, eps=1e-5, init="mscan"),
+    "mscan_b": mit(64, 3, 3, 12, 3, ratios=(8, 8, 4, 4), decoder=512, eps=1e-5, init="mscan"),
+    "mscan_l": mit(64, 3, 5, 27, 3, ratios=(8, 8, 4, 4), decoder=1024, eps=1e-5, init="mscan", drop_path=(0.2, 0.3)),
+
+    "swin_t": swin(96, 6, 0.2),
+    "swin_s": swin(96, 18, 0.3),
+    "swin_b": swin(128, 18, 0.5),
+
+    "next_vit_s": next_vit(10, 0.1),
+    "next_vit_b": next_vit(20, 0.2),
+    "next_vit_l": next_vit(30, 0.2),
+
+    # DEST, Table 1 (arXiv 2204.13791), as in its depth code; its segmentation file gives B4 the depths of B3
+    "dest_b0": dest(32, 64, 160, 256)(2, 2, 2, 2),
+    "dest_b1": dest(64, 128, 250, 320)(2, 2, 2, 2),
+    "dest_b2": dest(64, 128, 250, 320)(3, 3, 6, 3),
+    "dest_b3": dest(64, 128, 250, 320)(3, 6, 8, 3),
+    "dest_b4": dest(64, 128, 250, 320)(3, 8, 12, 5),
+    "dest_b5": dest(64, 128, 250, 320)(3, 10, 16, 5),
+
+    # Lawin's B4 has 768 channels in its projections and 512 after them
+    **{f"lawin_b{i}": mit(32 if i == 0 else 64, *depths, width=256 if i < 2 else 768, decoder=(128, 128, 512, 512, (768, 512), 512)[i])
+       for i, depths in enumerate([(2, 2, 2, 2), (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 18, 3), (3, 8, 27, 3), (3, 6, 40, 3)])},
+
+    # The original project's own shapes; its LayerNorms have PyTorch's eps
+    "lite_1121": lite(1, 1, 2, 1),
+    "lite_1221": lite(1, 2, 2, 1),
+    "lite_hybrid": mit(64, 3, 4, 6, 3, stage_norm="bn", init="normal", groups=(0, 4, 6, 3)),
 }
 
 
@@ -93,8 +156,28 @@ class Spec:
         return "-".join([self.name] + [f"{slot}={join(word)}" for slot, word in self.overrides.items()])
 
 
+NEXT = dict(embed="next", attn="emhsa", ffn="mlp", norm="bn")       # ffn, norm and skip: what the stages themselves have
 MODELS = {spec.name: spec for spec in [
     *(Spec(f"segformer_b{i}", f"mit_b{i}") for i in range(6)),
+    *(Spec(f"pvt_v2_b{i}", f"pvt_v2_b{i}", head="fpn") for i in range(6)),
+    Spec("pvt_v2_b2_li", "pvt_v2_b2", attn="lsra", ffn="mix_relu", head="fpn"),
+    *(Spec(f"segnext_{x}", f"mscan_{x}", embed="conv", attn="msca", norm="bn", skip="scaled", head="ham") for x in "tsbl"),
+    *(Spec(f"nextvit_{x}", f"next_vit_{x}", head="fpn", **NEXT) for x in "sbl"),
+    *(Spec(f"swin_{x}", f"swin_{x}", embed="patch", attn="window", ffn="mlp", head="fpn") for x in "tsb"),
+    *(Spec(f"dest_b{i}", f"dest_b{i}", attn="dest", ffn="dest", norm="bn") for i in range(6)),
+    *(Spec(f"lawin_b{i}", f"lawin_b{i}", head="lawin" if i > 1 else "lawin_sum") for i in range(6)),
+
+    # the original project's experiments, one step after another
+    Spec("lite_lsra", "mit_b2", attn="lsra"),
+    Spec("lite_lsra_dest", "mit_b2", attn="lsra", ffn="dest"),
+    Spec("lite_rskip", "mit_b2", attn="lsra", ffn="dest", skip="recursive"),
+    Spec("lite_ea", "mit_b2", attn="ea"),
+    Spec("lite_lsrea", "lite_1121", attn="lsrea", ffn="dest", skip="recursive"),
+    Spec("lite_lsrea_ham", "lite_1221", attn="lsrea_noproj", ffn="dest", skip="recursive", head="light_ham"),
+    Spec("lite_msca", "mit_b2", attn="msca"),
+    Spec("lite_window", "mit_b2", attn="window"),
+    Spec("lite_hybrid", "lite_hybrid", **NEXT),
+    Spec("lite_final", "lite_1221", attn="lsra_noproj", ffn="dest", head="light_ham"),
 ]}
 
 DECODER_WIDTH = {"ham": 512, "light_ham": 512, "lawin": 512, "lawin_sum": 128, "fpn": 256}   # where the row names none
@@ -167,18 +250,38 @@ def build_stage(spec, i, task, rates, reads):
     words = {slot: SLOTS[slot][spec.words(slot)[i]] for slot in ("embed", "attn", "ffn", "norm", "skip")}
     # the row's eps is a LayerNorm's; a BatchNorm has 1e-5 in every source
     norm = partial(words["norm"], eps=size.eps) if words["norm"] is NORM["ln"] else words["norm"]
-    blocks = []
-    for j, rate in enumerate(rates):
-        attn = words["attn"](dim, heads, reduction, j)
-        ffn = words["ffn"](dim, ratio)
-        blocks.append(layers.Block(words["skip"](attn, dim, norm, rate), words["skip"](ffn, dim, norm, rate)))
-    embed = words["embed"](size.dims[i - 1] if i else 3, dim, 2 if i else 4, words["norm"])
+    first = dim
+    if size.groups is None:
+        blocks = [layers.Block(words["skip"](words["attn"](dim, heads, reduction, j), dim, norm, rate),
+                               words["skip"](words["ffn"](dim, ratio), dim, norm, rate)) for j, rate in enumerate(rates)]
+    else:
+        first, blocks = next_vit_blocks(words["attn"], dim, reduction, rates, size.groups[i])
+    if task == "cls":
+        for module in blocks:
+            for m in module.modules():
+                if isinstance(m, layers.WindowAttention):
+                    m.shift_small = False
+    embed = words["embed"](size.dims[i - 1] if i else 3, first, 2 if i else 4, words["norm"])
     kind, where, in_trunk = STAGE_NORM[size.stage_norm]
     wanted = where == "all" or where == "seg" and (reads if task == "seg" else i == 3)
     stage_norm = nn.Identity()
     if wanted:
         stage_norm = kind(dim, eps=size.eps) if kind is NORM["ln"] else kind(dim)
     return Stage(embed, nn.Sequential(*blocks), stage_norm, in_trunk)
+
+
+def next_vit_blocks(attention, dim, reduction, rates, group):
+    """-> width of the first block, blocks: NCBs, with an NTB at the end of every `group` of them (0: NCBs alone)."""
+    width = layers.attention_width(dim) if group else dim
+    blocks, last = [], width
+    for j, rate in enumerate(rates):
+        if group and (j + 1) % group == 0:
+            blocks.append(layers.NextTransformerBlock(attention, last, dim, reduction, j // group, rate))
+            last = dim
+        else:
+            blocks.append(layers.NextConvBlock(last, width, rate))
+            last = width
+    return width, blocks
 
 
 def build(name, task="seg", num_classes=None, drop_path=None, **slots):
@@ -207,7 +310,7 @@ def build(name, task="seg", num_classes=None, drop_path=None, **slots):
     else:
         head = layers.Classifier(size.dims[-1], num_classes)
     model = Model(spec, task, num_classes, Encoder(stages, smallest_image(spec)), head)
-    INIT[size.init](model.encoder)
+    init_encoder(model.encoder, *INIT[size.init])
     return model
 
 
@@ -228,8 +331,12 @@ def make_spec(name, **slots):
         if len(words) not in ((1,) if slot == "head" else (1, 4)):
             raise UserError(f"--{slot} {','.join(words)}: give one word" + (", or four, one for each stage" * (slot != "head")))
         chosen[slot] = words[0] if len(set(words)) == 1 else words
-    spec = replace(MODELS[name], **chosen)
-    return spec
+    row = MODELS[name]
+    for slot in ("ffn", "norm", "skip"):
+        if SIZES[row.size].groups and chosen.get(slot, getattr(row, slot)) != getattr(row, slot):
+            raise UserError(f"--{slot} {slots[slot]} does not go with --model {name}: Next-ViT's stages have their own ffn, norm "
+                            "and skip; change its embed, attn or head, or choose a model of plain blocks")
+    return replace(row, **chosen)
 
 
 def head_width(spec):
@@ -248,20 +355,32 @@ def smallest_image(spec):
     return max((n - 1) * 4 * 2 ** i + 1 for i, n in enumerate(need))
 
 
-def init_mit(encoder):
-    """MiT, PVTv2, DEST: Linear N(0, 0.02); convolutions N(0, sqrt(2 / fan_out)), fan_out = k² C_out / groups; biases 0.
-
-    trunc_normal_ there cuts at ±2, that is 100 standard deviations. Norms keep 1 and 0.
-    """
+def init_encoder(encoder, linear, conv):
+    """Draw the weights of linear layers with std(layer) = linear, of other convolutions with conv; None: PyTorch's own.
+    Biases are 0; norms keep 1 and 0. The sources' trunc_normal_ cuts at ±2, that is 100 standard deviations: never."""
     for m in encoder.modules():
-        if isinstance(m, nn.Conv2d):
-            fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
-            nn.init.normal_(m.weight, std=0.02 if isinstance(m, layers.Pointwise) else (2 / fan_out) ** 0.5)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
+        if isinstance(m, (nn.Conv1d, nn.Conv2d)):
+            std = linear if isinstance(m, (layers.Pointwise, nn.Conv1d)) else conv
+            if std is not None:
+                nn.init.normal_(m.weight, std=std(m))
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
 
 
-INIT = {"mit": init_mit}
+def small(layer):
+    return 0.02
+
+
+def by_fan_out(layer):
+    return (2 / (layer.kernel_size[0] * layer.kernel_size[-1] * layer.out_channels // layer.groups)) ** 0.5
+
+
+INIT = {    # (linear layers, other convolutions)
+    "mit": (small, by_fan_out),             # MiT, PVTv2, DEST
+    "mscan": (by_fan_out, by_fan_out),
+    "swin": (small, None),
+    "normal": (small, small),               # Next-ViT
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,8 +544,10 @@ def read_safetensors(path):
 # Public weights: key maps, ours on the left and theirs on the right, read both ways
 # ---------------------------------------------------------------------------------------------------------------------
 
-# {i} stage and {j} block from 0, {I} stage from 1. "a + b": two tensors that we hold as one, stacked along the first axis.
-NVLABS = """
+# A row is "ours theirs"; what follows the matched part of a name is the same in both. Numbers in our names: {i} stage, {j}
+# block or other position, {n} any. In theirs besides: {h} = i - 1, {I} = i + 1, {II} = i + 2, {J2} = 2j, {R} = 8, 4, 2, {k}: position
+# of the block over all stages (without j: of the stage's first). "a + b": two tensors that we hold as one, stacked along the first axis.
+MIT = """
     encoder.stages.{i}.embed.conv                   patch_embed{I}.proj
     encoder.stages.{i}.embed.norm                   patch_embed{I}.norm
     encoder.stages.{i}.blocks.{j}.attn.norm         block{I}.{j}.norm1
@@ -435,11 +556,6 @@ NVLABS = """
     encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv block{I}.{j}.mlp.dwconv.dwconv
     encoder.stages.{i}.blocks.{j}.ffn.branch        block{I}.{j}.mlp
     encoder.stages.{i}.norm                         norm{I}
-    head.fc                                         head
-    head.projections.{i}                            decode_head.linear_c{I}.proj
-    head.fuse.conv                                  decode_head.linear_fuse.conv
-    head.fuse.norm                                  decode_head.linear_fuse.bn
-    head.classifier                                 decode_head.linear_pred
 """
 HF_SEGFORMER = """
     encoder.stages.{i}.embed.conv                   segformer.encoder.patch_embeddings.{i}.proj
@@ -455,53 +571,202 @@ HF_SEGFORMER = """
     encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv segformer.encoder.block.{i}.{j}.mlp.dwconv.dwconv
     encoder.stages.{i}.blocks.{j}.ffn.branch.fc2    segformer.encoder.block.{i}.{j}.mlp.dense2
     encoder.stages.{i}.norm                         segformer.encoder.layer_norm.{i}
-    head.fc                                         classifier
-    head.projections.{i}                            decode_head.linear_c.{i}.proj
-    head.fuse.conv                                  decode_head.linear_fuse
-    head.fuse.norm                                  decode_head.batch_norm
-    head.classifier                                 decode_head.classifier
 """
+LITE = """
+    encoder.stages.{i}.blocks.{j}.attn.norm1                segformer.encoder.block.{i}.{j}.layer_norm_11
+    encoder.stages.{i}.blocks.{j}.attn.norm2                segformer.encoder.block.{i}.{j}.layer_norm_12
+    encoder.stages.{i}.blocks.{j}.ffn.norm1                 segformer.encoder.block.{i}.{j}.layer_norm_21
+    encoder.stages.{i}.blocks.{j}.ffn.norm2                 segformer.encoder.block.{i}.{j}.layer_norm_22
+    encoder.stages.{i}.blocks.{j}.attn.branch.kv            segformer.encoder.block.{i}.{j}.attention.self.kv
+    encoder.stages.{i}.blocks.{j}.attn.branch.queries       segformer.encoder.block.{i}.{j}.attention.self.query
+    encoder.stages.{i}.blocks.{j}.attn.branch.keys          segformer.encoder.block.{i}.{j}.attention.self.key
+    encoder.stages.{i}.blocks.{j}.attn.branch.values        segformer.encoder.block.{i}.{j}.attention.self.value
+    encoder.stages.{i}.blocks.{j}.attn.branch.reprojection  segformer.encoder.block.{i}.{j}.attention.self.reprojection
+    encoder.stages.{i}.blocks.{j}.ffn.branch.fc1.conv       segformer.encoder.block.{i}.{j}.mlp.conv1
+    encoder.stages.{i}.blocks.{j}.ffn.branch.fc1.norm       segformer.encoder.block.{i}.{j}.mlp.batch_norm1
+    encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv.conv    segformer.encoder.block.{i}.{j}.mlp.dwconv.dwconv
+    encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv.norm    segformer.encoder.block.{i}.{j}.mlp.batch_norm2
+    encoder.stages.{i}.blocks.{j}.ffn.branch.fc2            segformer.encoder.block.{i}.{j}.mlp.conv2
+""" + HF_SEGFORMER
+MSCAN = """
+    encoder.stages.0.embed.0.conv                           patch_embed1.proj.0
+    encoder.stages.0.embed.0.norm                           patch_embed1.proj.1
+    encoder.stages.0.embed.1.conv                           patch_embed1.proj.3
+    encoder.stages.0.embed.1.norm                           patch_embed1.proj.4
+    encoder.stages.{i}.embed.0.conv                         patch_embed{I}.proj
+    encoder.stages.{i}.embed.0.norm                         patch_embed{I}.norm
+    encoder.stages.{i}.blocks.{j}.attn.scale                block{I}.{j}.layer_scale_1
+    encoder.stages.{i}.blocks.{j}.attn.branch.local         block{I}.{j}.attn.spatial_gating_unit.conv0
+    encoder.stages.{i}.blocks.{j}.attn.branch.strips.{n}.0  block{I}.{j}.attn.spatial_gating_unit.conv{n}_1
+    encoder.stages.{i}.blocks.{j}.attn.branch.strips.{n}.1  block{I}.{j}.attn.spatial_gating_unit.conv{n}_2
+    encoder.stages.{i}.blocks.{j}.attn.branch.mix           block{I}.{j}.attn.spatial_gating_unit.conv3
+    encoder.stages.{i}.blocks.{j}.ffn.scale                 block{I}.{j}.layer_scale_2
+""" + MIT
+NEXT_VIT = """
+    encoder.stages.0.embed.4                                features.0.patch_embed
+    encoder.stages.0.embed.{n}                              stem.{n}
+    encoder.stages.{i}.embed.1                              features.{k}.patch_embed
+    encoder.stages.{i}.blocks.{j}.patch_embed.0             features.{k}.patch_embed
+    encoder.stages.{i}.blocks.{j}.mhca.group_conv.conv      features.{k}.mhca.group_conv3x3
+    encoder.stages.{i}.blocks.{j}.mhca.group_conv.norm      features.{k}.mhca.norm
+    encoder.stages.{i}.blocks.{j}.mlp_norm                  features.{k}.norm
+    encoder.stages.{i}.blocks.{j}.attn                      features.{k}.e_mhsa
+    encoder.stages.{i}.blocks.{j}.mlp.fc1                   features.{k}.mlp.conv1
+    encoder.stages.{i}.blocks.{j}.mlp.fc2                   features.{k}.mlp.conv2
+    encoder.stages.{i}.blocks.{j}                           features.{k}
+    encoder.stages.3.norm                                   norm
+    encoder.stages.{i}.norm                                 extra_norm_list.{i}
+"""
+SWIN = """
+    encoder.stages.0.embed                          patch_embed
+    encoder.stages.{i}.embed                        layers.{h}.downsample
+    encoder.stages.{i}.blocks.{j}.attn.norm         layers.{i}.blocks.{j}.norm1
+    encoder.stages.{i}.blocks.{j}.attn.branch       layers.{i}.blocks.{j}.attn
+    encoder.stages.{i}.blocks.{j}.ffn.norm          layers.{i}.blocks.{j}.norm2
+    encoder.stages.{i}.blocks.{j}.ffn.branch        layers.{i}.blocks.{j}.mlp
+    encoder.stages.{i}.norm                         norm{i}
+"""
+DEST = """
+    encoder.stages.{i}.blocks.{j}.attn.branch.sr.conv       block{I}.{j}.attn.sr
+    encoder.stages.{i}.blocks.{j}.attn.branch.sr.norm       block{I}.{j}.attn.norm
+    encoder.stages.{i}.blocks.{j}.ffn.branch.fc1.conv       block{I}.{j}.mlp.fc1
+    encoder.stages.{i}.blocks.{j}.ffn.branch.fc1.norm       block{I}.{j}.mlp.norm1
+    encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv.conv    block{I}.{j}.mlp.dwconv.dwconv
+    encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv.norm    block{I}.{j}.mlp.norm2
+""" + MIT
+MMSEG_HEADS = {      # also the names of the authors' own releases, most of which are built on mmsegmentation
+    "mlp": """
+        head.projections.{i}        decode_head.linear_c{I}.proj
+        head.fuse.conv              decode_head.linear_fuse.conv
+        head.fuse.norm              decode_head.linear_fuse.bn
+        head.classifier             decode_head.linear_pred
+    """,
+    "ham": """
+        head.squeeze.conv           decode_head.squeeze.conv
+        head.squeeze.norm           decode_head.squeeze.gn
+        head.ham_in                 decode_head.hamburger.ham_in.conv
+        head.ham_out.conv           decode_head.hamburger.ham_out.conv
+        head.ham_out.norm           decode_head.hamburger.ham_out.gn
+        head.align.conv             decode_head.align.conv
+        head.align.norm             decode_head.align.gn
+        head.classifier             decode_head.conv_seg
+    """,
+    "fpn": """
+        head.lateral.{i}            neck.lateral_convs.{i}.conv
+        head.smooth.{i}             neck.fpn_convs.{i}.conv
+        head.scale.{i}.{j}.conv     decode_head.scale_heads.{i}.{J2}.conv
+        head.scale.{i}.{j}.norm     decode_head.scale_heads.{i}.{J2}.bn
+        head.classifier             decode_head.conv_seg
+    """,
+    "lawin": """
+        head.projections.{i}            decode_head.linear_c{II}.proj
+        head.fuse.conv                  decode_head.linear_fuse.conv
+        head.fuse.norm                  decode_head.linear_fuse.bn
+        head.short_path.norm            decode_head.short_path.bn
+        head.image_pool.conv            decode_head.image_pool.1.conv
+        head.image_pool.norm            decode_head.image_pool.1.bn
+        head.attentions.{i}.down.0.conv     decode_head.ds_{R}.0.proj.depthwise_conv.conv
+        head.attentions.{i}.down.0.norm     decode_head.ds_{R}.0.proj.depthwise_conv.bn
+        head.attentions.{i}.down.1.conv     decode_head.ds_{R}.0.proj.pointwise_conv.conv
+        head.attentions.{i}.down.1.norm     decode_head.ds_{R}.0.proj.pointwise_conv.bn
+        head.attentions.{i}.mixing          decode_head.lawin_{R}.0.position_mixing
+        head.attentions.{i}.theta           decode_head.lawin_{R}.0.theta.conv
+        head.attentions.{i}.phi             decode_head.lawin_{R}.0.phi.conv
+        head.attentions.{i}.g               decode_head.lawin_{R}.0.g.conv
+        head.attentions.{i}.out.conv        decode_head.lawin_{R}.0.conv_out.conv
+        head.attentions.{i}.out.norm        decode_head.lawin_{R}.0.conv_out.bn
+        head.attentions.{i}.norm            decode_head.lawin_{R}.0.norm
+        head.cat.norm                   decode_head.cat.bn
+        head.low_level_fuse.norm        decode_head.low_level_fuse.bn
+        head.low_level                  decode_head.linear_c1.proj
+        head.classifier                 decode_head.linear_pred
+        head                            decode_head
+    """,
+}
+MMSEG_HEADS |= {"mlp_concat": MMSEG_HEADS["mlp"], "lawin_sum": MMSEG_HEADS["lawin"]}
+HF_HEADS = {
+    "mlp": """
+        head.projections.{i}        decode_head.linear_c.{i}.proj
+        head.fuse.conv              decode_head.linear_fuse
+        head.fuse.norm              decode_head.batch_norm
+        head.classifier             decode_head.classifier
+    """,
+    "light_ham": """
+        head.squeeze                decode_head.squeeze.conv
+        head.classifier             decode_head.classifier.1
+    """,
+    "cls": "head.fc classifier",
+}
+HF_HEADS["mlp_concat"] = HF_HEADS["mlp"]
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way of naming tensors. keys: rows "ours theirs", or None where the names are ours; prefix: of the encoder inside a
-    segmentor's file; dead: names that the files carry and no forward pass uses; fresh: ours that such files never have."""
+    """A way of naming tensors. keys: the encoder's rows, or None where the names are ours; heads: rows for each word of --head
+    and for "cls", which go first; prefix: of the encoder inside a segmentor's file; changes: (old, new) in the finished names;
+    dead: names that the files carry and no forward pass uses; fresh: ours that such files never have."""
     name: str
     keys: str | None = None
+    heads: dict = field(default_factory=dict)
     prefix: str = ""
+    changes: tuple = ()
     dead: str = r"$^"
     fresh: str = r"$^"
 
-    def rename(self, key):
-        """Our parameter name -> the list of theirs (more than one: stacked), or [] where the format has no such tensor."""
+    def names(self, model):
+        """{our name of a tensor: the list of theirs} (more than one: stacked) for what this format has of the model."""
         if self.keys is None:
-            return [key]
-        for ours, theirs in key_rows(self.keys):
-            if match := ours.match(key):
-                index = {name: int(value) for name, value in match.groupdict().items()}
-                index |= {name.upper(): value + 1 for name, value in index.items()}
-                prefix = self.prefix if key.startswith("encoder.") else ""
-                return [prefix + part.format(**index) + key[match.end():] for part in theirs]
-        return []
+            return {key: [key] for key in model.state_dict()}
+        head = self.heads.get("cls" if model.task == "cls" else model.spec.head, "")
+        depths = SIZES[model.spec.size].depths
+        names = {}
+        for key in model.state_dict():
+            for ours, theirs in key_rows(head + self.keys):
+                if match := ours.match(key):
+                    names[key] = [self.finish(key, part, match, depths) for part in theirs]
+                    break
+        return names
+
+    def finish(self, key, part, match, depths):
+        n = {name: int(value) for name, value in match.groupdict().items()}
+        i, j = n.get("i", 0), n.get("j", 0)
+        name = part.format(**n, h=i - 1, I=i + 1, II=i + 2, J2=2 * j, k=sum(depths[:i]) + j, R=8 >> i)
+        name = (self.prefix if key.startswith("encoder.") else "") + name + key[match.end():]
+        for old, new in self.changes:
+            name = re.sub(old, new, name)
+        return name
 
 
 @lru_cache
 def key_rows(table):
     """The rows of a key map: (pattern of our name, their parts)."""
     rows = []
-    for line in table.strip().splitlines():
+    for line in filter(str.strip, table.splitlines()):
         ours, theirs = line.split(maxsplit=1)
         pattern = re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(ours))
-        rows.append((re.compile(pattern + r"(?=\.)"), [part.strip() for part in theirs.split(" + ")]))
+        rows.append((re.compile(pattern + r"(?=\.|$)"), [part.strip() for part in theirs.split(" + ")]))
     return rows
 
 
+CLS = {"cls": "head.fc head"}
+SEG = dict(heads=MMSEG_HEADS, prefix="backbone.", dead=r"decode_head\.conv_seg\.")
+BN_NAMES = ((r"patch_embed(\d)\.norm", r"patch_embed\1.bn1"), (r"(attn)\.norm\.", r"\1.bn1."), (r"\.norm(\d)\.", r".bn\1."))
 FORMATS = [
     Format("own checkpoint"),
-    Format("NVlabs segmentor", NVLABS, prefix="backbone.", dead=r"decode_head\.conv_seg\."),
-    Format("NVlabs encoder", NVLABS),
-    Format("Hugging Face SegFormer", HF_SEGFORMER),
+    Format("SegFormer / PVTv2 encoder", MIT, CLS),                  # NVlabs' and PVTv2's files have the same names
+    Format("SegFormer / PVTv2 / Lawin segmentor", MIT, **SEG),
+    Format("Hugging Face SegFormer", HF_SEGFORMER, HF_HEADS),
+    Format("original project", LITE, HF_HEADS),
+    Format("MSCAN encoder", MSCAN, CLS),
+    Format("SegNeXt segmentor", MSCAN, MMSEG_HEADS, "backbone."),
+    Format("Next-ViT encoder", NEXT_VIT, {"cls": "head.fc proj_head.0"}, dead=r"extra_norm_list\.3\.|proj_head\.",
+           fresh=r"encoder\.stages\.[012]\.norm\."),
+    Format("Next-ViT segmentor", NEXT_VIT, MMSEG_HEADS, "backbone.", dead=r"backbone\.(extra_norm_list\.3|proj_head)\."),
+    Format("Swin encoder", SWIN, {"cls": "encoder.stages.3.norm norm\n head.fc head"}, dead=r".*\.(relative_position_index|attn_mask)$",
+           fresh=r"encoder\.stages\.\d\.norm\."),
+    Format("DEST depth encoder", DEST, CLS),
+    Format("DEST encoder", DEST, CLS, changes=BN_NAMES),
+    Format("DEST segmentor", DEST, prefix="backbone.", changes=BN_NAMES),
 ]
 HEADS = re.compile(r"(head|classifier|decode_head|auxiliary_head|neck|proj_head)\.")      # of any file: may be left unread
 
@@ -552,12 +817,6 @@ def flat_state(content, path):
     return state
 
 
-def matches(model, state, form):
-    """How many of the model's tensors the file has, under a format's names and in the right shape."""
-    return sum(bool(names := form.rename(key)) and all(n in state for n in names) and fits(names, state, target)
-               for key, target in model.state_dict().items())
-
-
 def fits(names, state, target):
     """Same shape, up to trailing ones: a Linear, a Conv1d and a 1x1 convolution hold the same matrix."""
     shapes = [list(state[n].shape) for n in names]
@@ -581,15 +840,14 @@ def load_pretrained(model, source):
     then the model is as it was.
     """
     path, state = read_weights(source)
-    present = {form: sum(bool(names := form.rename(key)) and all(n in state for n in names) for key in model.state_dict())
-               for form in FORMATS}
-    form = max(FORMATS, key=present.get)
-    if present[form] == 0:
+    present = [sum(all(n in state for n in names) for names in form.names(model).values()) for form in FORMATS]
+    form = FORMATS[present.index(max(present))]
+    if not any(present):
         raise UserError(f"{path}: none of its {len(state)} tensors ({', '.join(list(state)[:3])}, ...) belongs to {model.spec}; "
                         f"known formats: {', '.join(f.name for f in FORMATS)}")
-    report, values, used, misfits = Report(form.name), {}, set(), []
+    report, values, used, misfits, names_of = Report(form.name), {}, set(), [], form.names(model)
     for key, target in model.state_dict().items():
-        names = form.rename(key)
+        names = names_of.get(key)
         if not names or not all(n in state for n in names):
             if not key.endswith("num_batches_tracked"):         # a counter that older files lack
                 report.missing.append(key)
@@ -602,7 +860,7 @@ def load_pretrained(model, source):
         else:
             misfits.append(key)
     new_head = not any(key.startswith("head.") for key in [*values, *misfits, *report.fresh])
-    is_fresh = lambda key: new_head and key.startswith("head.") or re.match(form.fresh, key)
+    is_fresh = lambda key: new_head and key.startswith("head.") or model.task == "seg" and re.match(form.fresh, key)
     report.fresh += [key for key in report.missing if is_fresh(key)]
     report.missing = [key for key in report.missing if not is_fresh(key)]
     report.unexpected = [n for n in state if n not in used and not re.match(form.dead, n) and not n.endswith("num_batches_tracked")]
@@ -628,9 +886,10 @@ def looks_like(model, state, form):
     scores = {}
     with torch.device("meta"):
         for name in MODELS:
-            encoder = build(name, model.task).encoder
-            wanted = [("encoder." + k, v) for k, v in encoder.state_dict().items()]
-            hits = sum(bool(n := form.rename(k)) and all(x in state for x in n) and fits(n, state, v) for k, v in wanted)
+            other = build(name, model.task)
+            names = form.names(other)
+            wanted = [(k, v) for k, v in other.state_dict().items() if k.startswith("encoder.")]
+            hits = sum(all(n in state for n in names[k]) and fits(names[k], state, v) for k, v in wanted if k in names)
             scores[name] = hits - (len(wanted) - hits)          # the row that explains most and lacks least
     best = max(scores, key=scores.get)
     return f"; it looks like {best}" if scores[best] > 0 and best != str(model.spec) else ""
