@@ -294,25 +294,22 @@ class LinearSRANoProj(LinearSRA):
         self.proj = nn.Identity()
 
 
-KEY_DIM, VALUE_DIM = 64, 32     # of efficient attention in every stage, as the original project has it
-
-
 class EfficientAttention(nn.Module):
     """Attention whose soft-maxes come before the product, so that it costs O(N) (arXiv 1812.01243 §3.2, Eq. 4).
 
     out = Wo (Wr ρq(Q) (ρk(K)ᵀ V) + x);  ρq: soft-max over a head's channels, ρk: over the positions; no 1/√d
     Wr and the inner shortcut are the released module (heads are its addition to the paper); Wo is the output projection that
-    SegFormer's blocks put behind it. Heads: the largest power of two up to the row's, as 64 and 32 must divide by it.
-    Cost: N (C 64 + C 64 + C 32 + 32 C + C²) + 2 N 64 32 / h.
+    SegFormer's blocks put behind it. Widths 64 and 32 in every stage, as the original project has them; heads: the largest
+    power of two up to the row's, as both must divide by it. Cost: 192NC + NC² + 4096 N / h.
     """
 
-    def __init__(self, dim, heads, reduction, index=0):
+    def __init__(self, dim, heads, reduction, index=0, key_dim=64, value_dim=32):
         super().__init__()
         self.heads = 2 ** int(math.log2(heads))
-        self.queries = Pointwise(dim, KEY_DIM)
-        self.keys = Pointwise(dim, KEY_DIM)
-        self.values = Pointwise(dim, VALUE_DIM)
-        self.reprojection = Pointwise(VALUE_DIM, dim)
+        self.queries = Pointwise(dim, key_dim)
+        self.keys = Pointwise(dim, key_dim)
+        self.values = Pointwise(dim, value_dim)
+        self.reprojection = Pointwise(value_dim, dim)
         self.proj = Pointwise(dim, dim)
         self.matmul = MatMul()
 
