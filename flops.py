@@ -47,7 +47,10 @@ MACS = {
 FREE = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.GELU, nn.ReLU, nn.Identity, layers.DropPath,
         nn.modules.dropout._DropoutNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd)
 
-PARTS = {"embed": "patch embed", "attn": "attention", "ffn": "FFN", "norm": "stage norms", "head": "decoder"}
+PARTS = {"embed": "patch embed", "attn": "attention", "ffn": "FFN", "norm": "stage norms", "head": "decoder",
+         # inside Next-ViT's blocks
+         "patch_embed": "patch embed", "mhca": "attention", "norm1": "attention", "projection": "attention", "mlp": "FFN",
+         "mlp_norm": "FFN", "norm2": "FFN"}
 
 
 def part_of(name):

@@ -211,7 +211,7 @@ class NextEmbed(nn.Sequential):
             steps = [nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)]
         if stride == 2 or in_dim != dim:
             steps.append(ConvNorm(Pointwise(in_dim, dim, bias=False), norm(dim, eps=1e-5)))
-        super().__init__(*steps)
+        super().__init__(*steps or [nn.Identity()])
 
 
 EMBED = {
@@ -373,8 +373,8 @@ class SimplifiedAttention(nn.Module):
         q = heads_first(tokens(self.q(x)), self.heads)                          # (B, h, N, d)
         k = heads_first(tokens(self.k(self.sr(x))), self.heads)                 # (B, h, M, d)
         weight = self.matmul(q, k.mT).amax(-1).sum(1) * q.shape[-1] ** -0.5     # (B, N)
-        value = F.conv2d(x.mean((2, 3), keepdim=True), self.proj.weight)
-        return grid(weight[..., None], x) * value + self.proj.bias[:, None, None]
+        value = self.matmul(x.mean((2, 3)), self.proj.weight.flatten(1).T)      # (B, C)
+        return grid(torch.addcmul(self.proj.bias, weight[..., None], value[:, None]), x)
 
 
 class WindowAttention(nn.Module):
