@@ -45,7 +45,10 @@ def heads_first(x, heads):
 
 def windows(x, size, stride):
     """(B, C, H, W) -> (P, C, size, size): its windows, `stride` pixels apart, P in the whole batch; one copy, channels_last."""
-    x = x.unfold(2, size, stride).unfold(3, size, stride)                       # (B, C, h, w, size, size), a view
+    if stride == size:      # the gradient of this view is a view, that of unfold a slow sum
+        x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size)).transpose(3, 4)         # (B, C, h, w, size, size)
+    else:
+        x = x.unfold(2, size, stride).unfold(3, size, stride)
     return x.permute(0, 2, 3, 4, 5, 1).flatten(0, 2).permute(0, 3, 1, 2)
 
 
@@ -74,10 +77,16 @@ class Attend(nn.Module):
 
 
 class Pointwise(nn.Conv2d):
-    """A Linear layer on the channels of a map, held as a 1x1 convolution (public files store either shape)."""
+    """A Linear layer on the channels of a map, held as a 1x1 convolution (public files store either shape).
+
+    Computed as the matrix product that it is: on the CPU its backward pass is about a tenth faster than the convolution's.
+    """
 
     def __init__(self, in_dim, dim, bias=True):
         super().__init__(in_dim, dim, 1, bias=bias)
+
+    def forward(self, x):
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class LayerNorm2d(nn.LayerNorm):
