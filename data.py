@@ -310,9 +310,11 @@ def training_view(image, labels, crop, rng, scale=(0.5, 2.0)):
     if flip:
         columns = w - 1 - columns
     part = _resized_part(image, corner, shape, step, unit, flip)
-    view, target = torch.zeros(3, crop, crop), torch.full((crop, crop), IGNORED)
+    view, target = torch.empty(3, crop, crop), torch.empty(crop, crop, dtype=torch.int64)
     color_and_normalise(part, *color_affine(*random_color(rng)), view)
     target[:shape[0], :shape[1]] = torch.from_numpy(labels.take(columns, 1).take(rows, 0))
+    view[:, shape[0]:], view[:, :, shape[1]:] = 0, 0
+    target[shape[0]:], target[:, shape[1]:] = IGNORED, IGNORED
     return view, target
 
 
@@ -328,7 +330,9 @@ def _resized_part(image, corner, shape, step, unit, flip):
     taps = [math.ceil((n + 1) * s + max(1, s)) for n, s in zip(shape, step)]    # decoded pixels that the view reads
     bottom, right = min(height, y + taps[0]), min(width, x + taps[1])
     box = (width - right, y, width - x, bottom) if flip else (x, y, right, bottom)
-    part = image.crop(box).convert("RGB")
+    part = image.crop(box)
+    if part.mode != "RGB":    # convert would copy all the same
+        part = part.convert("RGB")
     if flip:
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     part = torch.from_numpy(np.array(part))[None].permute(0, 3, 1, 2)    # this order of views: strides of channels_last
@@ -424,8 +428,8 @@ class FolderSegmentation(EpochDataset):
         """A mask file as labels: (H, W) uint8, 0..K-1 and 255."""
         mask = read_mask(path)
         first = 0 if self.zero_is_class else 1
-        bad = (mask >= self.num_classes + first) & (mask != IGNORED)
-        if bad.any():
+        limit = self.num_classes + first
+        if mask.max() >= limit and (bad := (mask >= limit) & (mask != IGNORED)).any():
             raise UserError(f"{shown(path)}: label id {mask[bad][0]} is beyond the {self.num_classes} classes (ids {first}.."
                             f"{self.num_classes + first - 1}, 255 ignored); correct the mask or the class names")
         mask = mask.astype(np.uint8, copy=False)

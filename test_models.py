@@ -1506,7 +1506,7 @@ data.run({script}.main)
 
 @pytest.mark.parametrize("script", [train_seg, train_cls])
 def test_two_processes_and_two_passes_equal_the_doubled_batch(tiny, tmp_path, monkeypatch, script):
-    more = ["--drop-path", "0", "--epochs", "3"]
+    more = ["--drop-path", "0"]
     if script is train_cls:
         more += ["--mixup", "0", "--cutmix", "0"]                   # the mixing is drawn for each process and pass
     (tmp_path / "two.py").write_text(TWO.format(here=HERE, script=script.__name__))
@@ -1517,7 +1517,7 @@ def test_two_processes_and_two_passes_equal_the_doubled_batch(tiny, tmp_path, mo
     train(script, tiny, tmp_path / "double", *more, "--batch-size", "4")
     train(script, tiny, tmp_path / "accum", *more, "--accum", "2")
     double = rows(tmp_path / "double")
-    assert len(double) == 3
+    assert len(double) == 2
     for other in (rows(tmp_path / "two"), rows(tmp_path / "accum")):
         for a, b in zip(double, other, strict=True):
             assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
