@@ -15,6 +15,7 @@ import math
 import os
 import struct
 import sys
+import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -86,8 +87,14 @@ def run(main):
         message = str(error)
         if "Original Traceback" in message:    # the loader wraps a worker's error into its traceback; the last line is ours
             message = message.strip().rpartition("UserError: ")[2]
+        # Mostly all processes meet the same mistake: torchrun ends the others when the first has left, before they print it too.
+        time.sleep(min(1, int(os.environ.get("LOCAL_RANK", 0))))
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(1)    # without stop(): the other ranks may be inside a collective that this one will not join
+    except RuntimeError as error:
+        if not (dist.is_initialized() and "by peer" in str(error)):    # what gloo says when another process has left
+            raise
+        sys.exit(f"process {dist.get_rank()} stops because another one has; its message says why")
     stop()
 
 
@@ -176,6 +183,15 @@ def reading(path):
         reason = "is not an image" if isinstance(error, Image.UnidentifiedImageError) else shown(
             getattr(error, "strerror", None) or error)
         raise UserError(f"{shown(path)}: {reason}; repair or remove the file") from None
+
+
+@contextmanager
+def writing(flag, path):
+    """Files that cannot be written are a UserError that names the flag."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag} {shown(path)}: cannot be written ({error.strerror})") from None
 
 
 def open_file(path):
@@ -294,9 +310,11 @@ def training_view(image, labels, crop, rng, scale=(0.5, 2.0)):
     if flip:
         columns = w - 1 - columns
     part = _resized_part(image, corner, shape, step, unit, flip)
-    view, target = torch.zeros(3, crop, crop), torch.full((crop, crop), IGNORED)
+    view, target = torch.empty(3, crop, crop), torch.empty(crop, crop, dtype=torch.int64)
     color_and_normalise(part, *color_affine(*random_color(rng)), view)
     target[:shape[0], :shape[1]] = torch.from_numpy(labels.take(columns, 1).take(rows, 0))
+    view[:, shape[0]:], view[:, :, shape[1]:] = 0, 0
+    target[shape[0]:], target[:, shape[1]:] = IGNORED, IGNORED
     return view, target
 
 
@@ -312,7 +330,9 @@ def _resized_part(image, corner, shape, step, unit, flip):
     taps = [math.ceil((n + 1) * s + max(1, s)) for n, s in zip(shape, step)]    # decoded pixels that the view reads
     bottom, right = min(height, y + taps[0]), min(width, x + taps[1])
     box = (width - right, y, width - x, bottom) if flip else (x, y, right, bottom)
-    part = image.crop(box).convert("RGB")
+    part = image.crop(box)
+    if part.mode != "RGB":    # convert would copy all the same
+        part = part.convert("RGB")
     if flip:
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     part = torch.from_numpy(np.array(part))[None].permute(0, 3, 1, 2)    # this order of views: strides of channels_last
@@ -408,8 +428,8 @@ class FolderSegmentation(EpochDataset):
         """A mask file as labels: (H, W) uint8, 0..K-1 and 255."""
         mask = read_mask(path)
         first = 0 if self.zero_is_class else 1
-        bad = (mask >= self.num_classes + first) & (mask != IGNORED)
-        if bad.any():
+        limit = self.num_classes + first
+        if mask.max() >= limit and (bad := (mask >= limit) & (mask != IGNORED)).any():
             raise UserError(f"{shown(path)}: label id {mask[bad][0]} is beyond the {self.num_classes} classes (ids {first}.."
                             f"{self.num_classes + first - 1}, 255 ignored); correct the mask or the class names")
         mask = mask.astype(np.uint8, copy=False)
@@ -724,7 +744,7 @@ def contact_sheet(rows, path, below=None, gap=6):
             sheet[y:y + image.shape[0], x:x + image.shape[1]] = image
             x += image.shape[1] + gap
         y += row[0].shape[0] + gap
-    Image.fromarray(sheet).save(path)
+    Image.fromarray(sheet).save(path, "PNG")
 
 
 def legend(classes, colors, width=800, column=190):
@@ -794,8 +814,9 @@ def check_segmentation(datasets, out):
     if rows:
         known = np.flatnonzero(seen[:dataset.num_classes])
         width = max(sum(image.shape[1] + 6 for image in row) for row in rows)
-        contact_sheet(rows, out, legend([dataset.classes[k] for k in known] + ["(ignored)"], [*dataset.colors[known], (0, 0, 0)],
-                                        width))
+        names, colors = [dataset.classes[k] for k in known] + ["(ignored)"], [*dataset.colors[known], (0, 0, 0)]
+        with writing("--out", out):
+            contact_sheet(rows, out, legend(names, colors, width))
     return problems
 
 
@@ -819,16 +840,17 @@ def check_classification(root, out):
             cells.append(np.concatenate([image, legend([dataset.classes[label]], [(0, 0, 0)], 112, 112)]))
         rows += [cells[i:i + 8] for i in range(0, len(cells), 8)]
     if rows:
-        contact_sheet(rows, out)
+        with writing("--out", out):
+            contact_sheet(rows, out)
     return problems
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Check a data set: read every file, list the bad ones, draw a contact sheet.")
     parser.add_argument("path", nargs="?", type=Path, help="the data set's folder; without it, the embedded shapes")
     parser.add_argument("--zero-is-class", action="store_true", help="id 0 of a mask is a class, not 'unlabelled'")
     parser.add_argument("--out", default="sheet.png", help="where the contact sheet goes (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.path is None:
         problems = check_segmentation({split: Shapes(split) for split in ("train", "val")}, args.out)
     elif (args.path / "train").is_dir():

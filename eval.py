@@ -39,15 +39,6 @@ def naming(path):
         raise UserError(f"{data.shown(path)}: {error}") from None
 
 
-@contextmanager
-def writing(flag, path):
-    """Files that cannot be written are a UserError that names the flag."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{flag} {data.shown(path)}: cannot be written ({error.strerror})") from None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +192,7 @@ def save_pictures(model, source, folder, names, colors, first_id, processes, pro
     under the colours, and a legend, largest class first. An image's EXIF rotation is carried out."""
     folder = Path(folder)
     files = list(picture_files(Path(source), folder).items())
-    with writing("--save-dir", folder):
+    with data.writing("--save-dir", folder):
         folder.mkdir(parents=True, exist_ok=True)
     palette = np.zeros((256, 3), np.uint8)
     palette[first_id:first_id + len(colors)] = colors
@@ -217,7 +208,7 @@ def save_pictures(model, source, folder, names, colors, first_id, processes, pro
         areas = np.bincount(classes.ravel(), minlength=len(names))
         order = [k for k in np.argsort(-areas, kind="stable") if areas[k]]
         legend = data.legend([names[k] for k in order], [colors[k] for k in order], max(overlay.shape[1], 200))
-        with writing("--save-dir", folder):
+        with data.writing("--save-dir", folder):
             label.save(folder / f"{stem}.png")
             data.contact_sheet([[overlay]], folder / f"{stem}_overlay.png", legend)
     if processes.rank == 0:
@@ -334,7 +325,7 @@ def measure(args, model, trained, dataset, processes, protocol):
     print(f"{result['model']} on {result['data']} {args.split}, {len(dataset)} images{how}: "
           + ", ".join(f"{name} {value:.2f} %" for name, value in figures.items()))
     if args.json:
-        with writing("--json", args.json):
+        with data.writing("--json", args.json):
             Path(args.json).write_text(json.dumps(result | {k: rounded(v) for k, v in figures.items()}, indent=1) + "\n")
 
 

@@ -29,6 +29,8 @@ import eval
 import flops
 import layers
 import models
+import train_cls
+import train_seg
 from layers import ATTENTION, FFN, UserError
 
 torch.set_num_threads(2)
@@ -977,6 +979,835 @@ def test_eval_mistakes_are_one_line(street, tmp_path):
     one_line_error(run("eval.py"), "--checkpoint", "--pretrain")
     one_line_error(run("eval.py", "--checkpoint", street / "good.pt", "--data-path", tmp_path / "none"), "none")
     one_line_error(run("eval.py", "--model", "segformer_b1", "--pretrain", street / "good.pt"), "segformer_b0")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+ADE20K = {"train": ("images/training", "annotations/training"), "val": ("images/validation", "annotations/validation")}
+ORIGINAL = {"train": ("image/train", "mask/train"), "val": ("image/val", "mask/val")}
+
+
+def make_set(root, layout=ADE20K, images=4, size=(40, 50), ids=5, splits=("train", "val")):
+    """A data set of random JPEGs of growing width, with masks of the ids 0 .. ids-1 and 255, all in every mask -> root."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        image_folder, mask_folder = (root / folder for folder in layout[split])
+        image_folder.mkdir(parents=True)
+        mask_folder.mkdir(parents=True)
+        for i in range(images):
+            shape = size[0], size[1] + i
+            Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(image_folder / f"{i}.jpg")
+            mask = rng.integers(0, ids, shape, dtype=np.uint8)
+            mask[0, :ids + 1] = [*range(ids), 255]
+            Image.fromarray(mask).save(mask_folder / f"{i}.png")
+    return root
+
+
+def refused(action, *words):
+    """The action's UserError: one line with all the words."""
+    with pytest.raises(UserError) as error:
+        action()
+    assert "\n" not in str(error.value) and all(str(word) in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("layout", [ADE20K, ORIGINAL])
+def test_folder_layouts_and_class_names(tmp_path, layout):
+    make_set(tmp_path, layout)
+    sets = [data.FolderSegmentation(tmp_path, split) for split in ("train", "val")]
+    assert [s.classes for s in sets] == [["class 0", "class 1", "class 2", "class 3"]] * 2          # no names: from the ids
+    assert data.FolderSegmentation(tmp_path, "val", zero_is_class=True).num_classes == 5
+    assert [os.path.basename(path) for _, _, path in sets[0]] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    (tmp_path / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t.1\t5\t5\t1\twall\n2\t.1\t5\t5\t0\tdoor, gate\n"
+                                                "3\t.1\t5\t5\t1\tsky\n4\t.1\t5\t5\t1\tcar\n")
+    assert data.FolderSegmentation(tmp_path, "val").classes == ["wall", "door, gate", "sky", "car"]
+    assert data.FolderSegmentation(tmp_path, "val", zero_is_class=True).classes[:2] == ["other", "wall"]
+    (tmp_path / "id2label.json").write_text(json.dumps({"1": "b", "0": "a", "3": "d", "2": "ü"}))
+    assert data.FolderSegmentation(tmp_path, "val").classes == ["a", "b", "ü", "d"]                 # goes first
+    (tmp_path / "id2label.json").write_text(json.dumps({"0": "a", "2": "b"}))
+    refused(lambda: data.FolderSegmentation(tmp_path, "val"), "id2label.json", "gap")
+
+
+def test_ade20k_is_drawn_in_its_own_colours(tmp_path):
+    make_set(tmp_path)
+    names = ["wall", *(f"n{k}" for k in range(1, 149)), "flag"]
+    (tmp_path / "id2label.json").write_text(json.dumps(dict(enumerate(names))))
+    colors = data.FolderSegmentation(tmp_path, "val").colors
+    assert colors[[0, 1, 149]].tolist() == [[120, 120, 120], [180, 120, 120], [92, 0, 255]]         # wall, building, flag
+    assert len(np.unique(data.distinct_colors(255), axis=0)) == 255 and data.distinct_colors(255).any(1).all()
+
+
+def write_mask(path, ids, mode):
+    """The same ids as a mask file of some mode."""
+    if mode == "P":
+        image = Image.fromarray(ids.astype(np.uint8))
+        image.putpalette(np.random.default_rng(1).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    elif mode == "RGB":
+        image = Image.fromarray(np.repeat(ids.astype(np.uint8)[..., None], 3, 2))
+    else:
+        image = Image.fromarray(ids.astype({"L": np.uint8, "I;16": np.uint16, "I": np.int32}[mode]))
+    assert image.mode == mode
+    image.save(path)
+
+
+@pytest.mark.parametrize("mode, suffix", [("L", ".png"), ("P", ".png"), ("I;16", ".png"), ("I", ".tif"), ("RGB", ".png"), ("L", ".BMP")])
+def test_mask_modes_and_the_label_rule(tmp_path, mode, suffix):
+    make_set(tmp_path, images=1)
+    (tmp_path / "annotations/validation/0.png").unlink()
+    (tmp_path / "id2label.json").write_text(json.dumps(dict(enumerate("abcdefg"))))
+    ids = np.random.default_rng(0).choice([0, 1, 3, 6, 255], (40, 50))
+    write_mask(tmp_path / f"annotations/validation/0{suffix}", ids, mode)
+    expected = [[255 if k in (0, 255) else k - 1 for k in row] for row in ids.tolist()]
+    assert data.FolderSegmentation(tmp_path, "val")[0][1].tolist() == expected
+    assert data.FolderSegmentation(tmp_path, "val", zero_is_class=True)[0][1].tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("value, zero_is_class, fits", [(7, False, True), (8, False, False), (7, True, False), (254, False, False),
+                                                        (256, False, False), (511, False, False), (65535, True, False)])
+def test_an_id_beyond_the_classes_is_named(tmp_path, value, zero_is_class, fits):
+    make_set(tmp_path, images=1)
+    (tmp_path / "id2label.json").write_text(json.dumps(dict(enumerate("abcdefg"))))
+    ids = np.full((40, 50), 3)
+    ids[20, 30] = value
+    write_mask(tmp_path / "annotations/validation/0.png", ids, "I;16")
+    dataset = data.FolderSegmentation(tmp_path, "val", zero_is_class=zero_is_class)
+    if fits:
+        assert dataset[0][1][20, 30] == value - 1
+    else:
+        refused(lambda: dataset[0], "annotations/validation/0.png", f"id {value} ", "7 classes")
+
+
+def png_header(width, height):
+    """The head of a PNG of any size: a bomb in 60 bytes."""
+    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"")
+            + chunk(b"IEND", b""))
+
+
+BAD_FILES = {               # name: (file, how it is spoilt: path -> None, words of the message)
+    "cut JPEG": ("images/validation/1.jpg", lambda p: p.write_bytes(p.read_bytes()[:900]), ["truncated"]),
+    "cut PNG mask": ("annotations/validation/1.png", lambda p: p.write_bytes(p.read_bytes()[:200]), []),
+    "text": ("images/validation/1.jpg", lambda p: p.write_text("<html>"), ["not an image"]),
+    "empty": ("images/validation/1.jpg", lambda p: p.write_bytes(b""), ["not an image"]),
+    "vanished": ("images/validation/1.jpg", lambda p: p.unlink(), ["No such file"]),
+    "bomb": ("images/validation/1.jpg", lambda p: p.write_bytes(png_header(20000, 20000)), ["bomb"]),
+    "large": ("annotations/validation/1.png", lambda p: p.write_bytes(png_header(10000, 10000)), ["bomb"]),
+    "16 bits": ("images/validation/1.jpg", lambda p: Image.fromarray(np.zeros((40, 51), np.uint16)).save(p, "PNG"), ["16-bit"]),
+    "size": ("annotations/validation/1.png", lambda p: Image.new("L", (40, 51)).save(p), ["40x51", "51x40", "1.jpg"]),
+    "colours": ("annotations/validation/1.png", lambda p: Image.new("RGB", (51, 40), "red").save(p), ["mode RGB"]),
+    "RGBA": ("annotations/validation/1.png", lambda p: Image.new("RGBA", (51, 40)).save(p), ["mode RGBA"]),
+    "float": ("annotations/validation/1.png", lambda p: Image.new("F", (51, 40)).save(p, "TIFF"), ["mode F"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*decompression bomb")         # pytest undoes data.py's own filter
+@pytest.mark.parametrize("fault", BAD_FILES)
+def test_bad_files_are_named(tmp_path, fault):
+    file, spoil, words = BAD_FILES[fault]
+    make_set(tmp_path)
+    plain, training = data.FolderSegmentation(tmp_path, "val"), data.FolderSegmentation(tmp_path, "val", crop=16)
+    spoil(tmp_path / file)
+    assert plain[0][0].dtype == torch.uint8                         # the others are as good as before
+    for dataset in (plain, training):
+        refused(lambda: dataset[1], file, *words)
+
+
+def test_files_without_a_partner(tmp_path):
+    make_set(tmp_path)
+    for name in (".hidden.jpg", "Thumbs.db", "notes.txt"):
+        (tmp_path / "images/validation" / name).write_text("")
+    (tmp_path / "images/validation/loop.jpg").symlink_to(tmp_path, target_is_directory=True)
+    assert len(data.FolderSegmentation(tmp_path, "val")) == 4       # none of these is an image
+    (tmp_path / "annotations/validation/2.png").unlink()
+    refused(lambda: data.FolderSegmentation(tmp_path, "val"), "images/validation/2.jpg", "no mask", "2.png")
+    (tmp_path / "images/validation/0.jpg").unlink()
+    refused(lambda: data.FolderSegmentation(tmp_path, "val"), "1 more")
+    (tmp_path / "images/validation/1.PNG").write_text("")
+    lenient = data.FolderSegmentation(tmp_path, "val", strict=False)
+    assert len(lenient) == 2 and len(lenient.problems) == 3
+    assert any("annotations/validation/0.png: no image" in p for p in lenient.problems)
+    assert any("same stem" in p and "1.PNG" in p and "1.jpg" in p for p in lenient.problems)
+    for path in (tmp_path / "images/validation").glob("*.*"):
+        path.unlink()
+    refused(lambda: data.FolderSegmentation(tmp_path, "val", strict=False), "images/validation", "no images")
+    refused(lambda: data.FolderSegmentation(tmp_path / "nowhere", "val"), "nowhere", "no such folder")
+    refused(lambda: data.FolderSegmentation(tmp_path / "images", "val"), "neither")
+
+
+def test_odd_names_are_paired_by_stem(tmp_path):
+    """The folder called images, "jpg" inside a stem, blanks, umlauts, and names that are not UTF-8."""
+    make_set(tmp_path / "images", images=0)
+    for stem in (b"jpg_1.jpg", "\u00fcn\u00ef x".encode(), b"-a", b"\xff\xfe"):
+        for folder, suffix in (("images", b".JPG"), ("annotations", b".PNG")):
+            with open(os.fsencode(tmp_path / "images" / folder / "validation") + b"/" + stem + suffix, "wb") as file:
+                Image.new("L", (8, 8), 1).save(file, "JPEG" if folder == "images" else "PNG")
+    dataset = data.FolderSegmentation(tmp_path / "images", "val")
+    assert len(dataset) == 4 and all(image.shape == (3, 8, 8) and (labels == 0).all() for image, labels, _ in dataset)
+    (tmp_path / "images/annotations/validation/-a.PNG").unlink()
+    os.rename(os.fsencode(tmp_path / "images/annotations/validation") + b"/\xff\xfe.PNG", tmp_path / "a.png")
+    for problem in data.FolderSegmentation(tmp_path / "images", "val", strict=False).problems:
+        problem.encode("ascii")                                     # printable on any terminal
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_images_of_every_mode_become_rgb(tmp_path, mode):
+    make_set(tmp_path, images=1)
+    gray = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8))
+    (tmp_path / "images/validation/0.jpg").unlink()
+    gray.convert("RGB" if mode == "CMYK" else mode).convert(mode).save(tmp_path / f"images/validation/0.{'tif' if mode == 'CMYK' else 'png'}")
+    image = data.FolderSegmentation(tmp_path, "val")[0][0]
+    assert image.shape == (3, 40, 50) and torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+    assert mode == "1" or (image[0].float() - torch.from_numpy(np.array(gray)).float()).abs().max() <= 1
+    assert data.FolderSegmentation(tmp_path, "val", crop=32)[0][0].isfinite().all()
+
+
+def test_an_exif_rotation_is_ignored(tmp_path):
+    """As the masks ignore it: an image turned by its header alone must stay on its mask."""
+    make_set(tmp_path, images=1)
+    path, exif = tmp_path / "images/validation/0.jpg", Image.Exif()
+    raw = data.FolderSegmentation(tmp_path, "val")[0][0]
+    exif[0x0112] = 3
+    content = path.read_bytes()
+    segment = b"\xff\xe1" + struct.pack(">H", 2 + len(exif.tobytes())) + exif.tobytes()
+    path.write_bytes(content[:2] + segment + content[2:])
+    assert Image.open(path).getexif()[0x0112] == 3
+    assert torch.equal(data.FolderSegmentation(tmp_path, "val")[0][0], raw)
+
+
+# Training views
+
+class Script:
+    """A random generator that returns what a test prescribes."""
+
+    def __init__(self, factor, corner, flip, color=None):
+        self.factor, self.corner, self.flip, self.color = factor, list(corner), flip, color
+
+    def uniform(self, low, high):
+        return self.factor if np.isscalar(low) else np.array(self.color if self.color else low, float)
+
+    def integers(self, high):
+        return min(self.corner.pop(0), high - 1)
+
+    def random(self, n=None):
+        return (0.0 if self.flip else 0.9) if n is None else np.full(n, 0.0 if self.color else 0.9)
+
+
+def bilinear(source, start, step, count):
+    """float64 (count, source): antialiased bilinear weights of pixels at start + (i + 0.5) * step on a line of `source`."""
+    center = start + (np.arange(count)[:, None] + 0.5) * step
+    weight = np.maximum(0, 1 - abs(np.arange(source) + 0.5 - center) / max(1, step))
+    return weight / weight.sum(1, keepdims=True)
+
+
+def smooth_image(height, width, blob=4):
+    """Blobs of a few pixels: something that a wrong grid would move visibly."""
+    noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, height // blob + 1, width // blob + 1))).float()
+    return F.interpolate(noise, (height, width), mode="bicubic", align_corners=False)[0].clamp(0, 255).permute(1, 2, 0).byte().numpy()
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.77, 1.0, 1.9])
+@pytest.mark.parametrize("corner", [(0, 0), (23, 41), (10 ** 6, 10 ** 6)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_training_view_against_filter_matrices(factor, corner, flip):
+    """Resize all of the image by explicit matrices in float64, crop, flip, normalise, pad."""
+    height, width, crop = 120, 171, 96
+    pixels = smooth_image(height, width)
+    labels = np.random.default_rng(1).integers(0, 9, (height, width), dtype=np.uint8)
+    view, target = data.training_view(Image.fromarray(pixels), labels, crop, Script(factor, corner, flip))
+    scale = factor * min(crop / 120, 4 * crop / 171)
+    size = round(height * scale), round(width * scale)
+    step = height / size[0], width / size[1]
+    shape = min(crop, size[0]), min(crop, size[1])
+    corner = [min(c, int((full - part) * s)) for c, full, part, s in zip(corner, size, shape, step)]
+    rows, columns = (bilinear(n, c, s, m) for n, c, s, m in zip((height, width), corner, step, shape))
+    if flip:
+        columns = columns[:, ::-1]
+    resized = np.einsum("ih,hwc,jw->ijc", rows, pixels, columns, optimize=True)
+    expected = (resized / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    error = abs(view[:, :shape[0], :shape[1]].permute(1, 2, 0).numpy() - expected) * 0.226 * 255     # in grey levels
+    edge = [int(np.ceil(max(1, 1 / s))) if c else 0 for c, s in zip(corner, step)]     # where the view lacks the taps beyond its cut
+    assert error[edge[0]:, edge[1]:].max() < 1.6 and error.mean() < 0.5               # two roundings to bytes
+    assert (view[:, shape[0]:] == 0).all() and (view[:, :, shape[1]:] == 0).all()
+    source = [[int(c + (i + 0.5) * s) for i in range(n)] for c, s, n in zip(corner, step, shape)]
+    source[1] = [width - 1 - x for x in source[1]] if flip else source[1]
+    assert np.array_equal(target[:shape[0], :shape[1]], labels[np.ix_(*source)])
+    assert (target[shape[0]:] == 255).all() and (target[:, shape[1]:] == 255).all()
+    assert view.dtype == torch.float32 and target.dtype == torch.int64
+
+
+def test_training_view_is_the_corner_of_the_resized_image():
+    """Against torchvision: resize all of it with antialias, cut the corner out."""
+    pixels, labels = smooth_image(120, 171), np.random.default_rng(1).integers(0, 9, (120, 171), dtype=np.uint8)
+    for factor in (0.6, 1.3):
+        view, _ = data.training_view(Image.fromarray(pixels), labels, 60, Script(factor, (0, 0), False))
+        size = [round(120 * factor * 0.5), round(171 * factor * 0.5)]
+        whole = eval.TF.resize(torch.from_numpy(pixels).permute(2, 0, 1), size, antialias=True)[:, :60, :60]
+        expected = (whole / 255 - data.MEAN) / data.STD
+        assert (view[:, :whole.shape[1], :whole.shape[2]] - expected).abs().max() * 0.226 * 255 < 1.1
+
+
+def test_a_jpeg_that_shrinks_is_decoded_smaller():
+    """libjpeg's own low-pass of the draft mode against the filter of the whole image: about one grey level."""
+    pixels = smooth_image(480, 640, blob=16)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95)
+    decoded = np.array(Image.open(file)).astype(float)
+    labels = np.random.default_rng(1).integers(0, 9, (480, 640), dtype=np.uint8)
+    for corner in ((0, 0), (15, 44)):
+        image = Image.open(file)
+        view, target = data.training_view(image, labels, 96, Script(1.2, corner, False))
+        assert image.size == (160, 120)                             # a quarter: shrinks by 480 / 115 = 4.2
+        size = 115, 154
+        rows, columns = (bilinear(n, c * 4, n / m, 96) for n, c, m in zip((480, 640), corner, size))
+        expected = (np.einsum("ih,hwc,jw->ijc", rows, decoded, columns, optimize=True) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        error = abs(view.permute(1, 2, 0).numpy() - expected) * 0.226 * 255
+        assert error[2:, 2:].mean() < 2
+        assert target[5, 7] == labels[int(corner[0] * 4 + 5.5 * 480 / 115), int(corner[1] * 4 + 7.5 * 640 / 154)]
+
+
+def test_crops_with_too_much_of_one_class_are_drawn_again(monkeypatch):
+    labels = np.zeros((200, 200), np.uint8)
+    labels[60:140] = 1                                              # about half of the single draws show too much of one
+    labels[:, :40] = 255
+    image = Image.fromarray(smooth_image(200, 200))
+    too_much = []
+    for tries in (data.TRIES, 0):
+        monkeypatch.setattr(data, "TRIES", tries)
+        targets = [data.training_view(image, labels, 64, np.random.default_rng(seed), (3.0, 3.0))[1] for seed in range(60)]
+        counts = [target[target != 255].bincount() for target in targets]
+        too_much.append(sum((c.max() > 0.8 * c.sum()).item() for c in counts))
+    assert too_much[0] <= 2 and too_much[1] >= 15
+    data.training_view(image, np.zeros((200, 200), np.uint8), 64, np.random.default_rng(0))         # no such crop: ends all the same
+    data.training_view(image, np.full((200, 200), 255, np.uint8), 64, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (3, 2)])
+def test_training_views_of_tiny_and_long_images(size):
+    labels = np.full(size, 4, np.uint8)
+    for seed in range(4):
+        view, target = data.training_view(Image.new("RGB", size[::-1], "white"), labels, 32, np.random.default_rng(seed))
+        assert view.shape == (3, 32, 32) and target.shape == (32, 32) and (target == 4).any()
+        assert (view[:, target == 255] == 0).all() and view.isfinite().all()
+
+
+def test_colour_distortion_against_the_formulas_step_by_step():
+    """Brightness, contrast, saturation and hue one after the other in float64, the NTSC inverse as it is printed."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
+    brightness, contrast, saturation, hue = 17.0, 1.3, 0.6, 0.4
+    x = (pixels.astype(float) + brightness) * contrast
+    luma = x @ [0.299, 0.587, 0.114]
+    x = luma[..., None] + saturation * (x - luma[..., None])
+    i, q = x @ [0.5959, -0.2746, -0.3213], x @ [0.2115, -0.5227, 0.3112]
+    i, q = np.cos(hue) * i - np.sin(hue) * q, np.sin(hue) * i + np.cos(hue) * q
+    x = np.stack([luma + 0.956 * i + 0.619 * q, luma - 0.272 * i - 0.647 * q, luma - 1.106 * i + 1.703 * q], -1)
+    expected = (x.clip(0, 255) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    view = torch.full((3, 40, 40), 7.0)
+    data.color_and_normalise(torch.from_numpy(pixels), *data.color_affine(brightness, contrast, saturation, hue), view)
+    assert abs(view[:, :30, :20].permute(1, 2, 0).numpy() - expected).max() < 0.02                  # one grey level
+    assert (view[:, 30:] == 7).all() and (view[:, :, 20:] == 7).all()
+    matrix, offset = data.color_affine(hue=1.0, saturation=1.4)
+    assert np.allclose(np.array([0.299, 0.587, 0.114]) @ matrix, [0.299, 0.587, 0.114]) and not offset.any()      # keeps the luma
+    assert np.allclose(matrix.sum(1), 1)                                                            # and greys
+    assert np.allclose(data.color_affine(hue=0.3)[0] @ data.color_affine(hue=0.5)[0], data.color_affine(hue=0.8)[0])
+
+
+def test_colour_distortion_draws_each_part_half_of_the_time():
+    drawn = np.array([data.random_color(np.random.default_rng(i)) for i in range(2000)])
+    neutral = np.array([0, 1, 1, 0])
+    assert (abs((drawn != neutral).mean(0) - 0.5) < 0.05).all()
+    assert np.allclose(drawn.min(0), [-32, 0.5, 0.5, -np.pi / 5], atol=0.2) and np.allclose(drawn.max(0), [32, 1.5, 1.5, np.pi / 5], atol=0.2)
+
+
+# Loaders
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
+    make_set(tmp_path)
+    make_tree(tmp_path / "tree")
+    for make in (lambda seed=0: data.FolderSegmentation(tmp_path, "train", crop=32, seed=seed),
+                 lambda seed=0: data.TinyImageNet(tmp_path / "tree", "train", 32, seed=seed)):
+        batches = {}
+        for workers in (0, 2):
+            torch.manual_seed(workers)
+            np.random.seed(workers)
+            loader = data.train_loader(make(), 2, data.Processes(), 0, workers)
+            data.set_epoch(loader, 3)
+            state = torch.get_rng_state()
+            batches[workers] = [x for batch in loader for x in batch]
+            assert torch.equal(torch.get_rng_state(), state)        # the run's own random stream is left alone
+        assert all(torch.equal(a, b) for a, b in zip(batches[0], batches[2]))
+        one = make()[5, 0, 1][0]
+        assert torch.equal(one, make()[5, 0, 1][0])
+        assert not any(torch.equal(one, other) for other in (make()[6, 0, 1][0], make()[5, 1, 1][0], make(1)[5, 0, 1][0]))
+
+
+@pytest.mark.parametrize("size, world", [(12, 1), (12, 4), (14, 4), (3, 4)])
+def test_epoch_sampler_shards_are_a_partition(size, world):
+    samplers = [data.EpochSampler(size, data.Processes(rank=r, world=world), 0, 1) for r in range(world)]
+    for sampler in samplers:
+        sampler.epoch = 5
+    shards = [list(sampler) for sampler in samplers]
+    assert {len(s) for s in shards} == {size // world} == {len(sampler) for sampler in samplers}    # equal steps everywhere
+    drawn = [key for shard in shards for key in shard]
+    assert len({index for _, _, index in drawn}) == len(drawn) == size // world * world and all(e == 5 and v == 0 for e, v, _ in drawn)
+    whole = data.EpochSampler(size, data.Processes(), 0, 1)
+    whole.epoch = 5
+    # Step s takes the same images on any number of processes: their shards interleave to the one of a single process.
+    assert [key for step in zip(*shards) for key in step] == list(whole)[:len(drawn)]
+    whole.epoch = 6
+    assert size < 4 or sorted(whole) != list(whole)                 # shuffled, and differently from epoch to epoch
+    assert [i for _, _, i in whole] != [key[2] for step in zip(*shards) for key in step] or size < 4
+
+
+def test_repeated_augmentation():
+    samplers = [data.EpochSampler(30, data.Processes(rank=r, world=3), 0, 3) for r in range(3)]
+    for step in zip(*samplers):                                     # three views of one image, one on each rank
+        assert len({index for _, _, index in step}) == 1 and [view for _, view, _ in step] == [0, 1, 2]
+    drawn = [index for sampler in samplers for _, _, index in sampler]
+    assert len(drawn) == 30 and len(set(drawn)) == 10
+
+
+def test_evaluation_shards_without_padding(tmp_path):
+    dataset = data.FolderSegmentation(make_set(tmp_path, images=5), "val")
+    seen = [path for rank in range(3) for items in data.eval_loader(dataset, 2, data.Processes(rank=rank, world=3), 0)
+            for _, _, path in items]
+    assert sorted(seen) == [str(image) for image, _ in dataset.paths]
+    assert list(data.eval_loader(dataset, 2, data.Processes(rank=6, world=9), 0)) == []
+
+
+def test_a_batch_that_cannot_be_filled(tmp_path):
+    dataset = data.FolderSegmentation(make_set(tmp_path), "train", crop=16)
+    refused(lambda: data.train_loader(dataset, 3, data.Processes(world=2), 0, 0), "--batch-size 3", "4 images")
+
+
+# Classification
+
+def make_tree(root, classes=("n03", "n01", "n02"), images=3):
+    """train/CLASS/images/*.JPEG + val/images/*.JPEG + val_annotations.txt, as Tiny-ImageNet comes; one image is gray -> root."""
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (root / "train" / name / "images").mkdir(parents=True)
+        for i in range(images):
+            shape = (64, 64) if i == 0 else (64, 64, 3)
+            Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(root / "train" / name / "images" / f"{name}_{i}.JPEG")
+    (root / "val/images").mkdir(parents=True)
+    lines = []
+    for i in range(6):
+        Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(root / f"val/images/val_{i}.JPEG")
+        lines.append(f"val_{i}.JPEG\t{classes[i % 3]}\t0\t0\t63\t63\n")
+    (root / "val/val_annotations.txt").write_text("".join(lines))
+    return root
+
+
+def labels_by_file(dataset):
+    return {path.name: dataset.classes[label] for path, label in dataset.paths}
+
+
+def test_tiny_imagenet_in_its_official_layout(tmp_path):
+    root = make_tree(tmp_path)
+    train, val = data.TinyImageNet(root, "train", 32), data.TinyImageNet(root, "val", 32)
+    assert train.classes == val.classes == ["n01", "n02", "n03"] and len(train) == 9 and len(val) == 6
+    assert all(name.startswith(label) for name, label in labels_by_file(train).items())
+    assert labels_by_file(val) == {f"val_{i}.JPEG": ("n03", "n01", "n02")[i % 3] for i in range(6)}
+    image, label = train[0]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and type(image) is torch.Tensor and label == 0
+    gray = data.TinyImageNet(root, "train", 32, train=False)[0][0] * data.STD + data.MEAN
+    assert (gray[0] - gray[1]).abs().max() < 1e-5 and (gray[0] - gray[2]).abs().max() < 1e-5 and gray.std() > 0.01
+
+
+def test_restructured_validation_and_image_folders(tmp_path):
+    root = make_tree(tmp_path)
+    official = labels_by_file(data.TinyImageNet(root, "val"))
+    for path, label in data.TinyImageNet(root, "val").paths:
+        folder = root / "val" / ("n01", "n02", "n03")[label]
+        folder.mkdir(exist_ok=True)
+        path.rename(folder / path.name)
+    (root / "val/val_annotations.txt").unlink()
+    (root / "val/images").rmdir()
+    assert labels_by_file(data.TinyImageNet(root, "val")) == official
+    for name in ("n01", "n02", "n03"):                              # a plain ImageFolder tree
+        for path in (root / "train" / name / "images").iterdir():
+            path.rename(root / "train" / name / path.name)
+        (root / "train" / name / "images").rmdir()
+    assert len(data.TinyImageNet(root, "train")) == 9
+    (root / "val/n02").rename(root / "val/n09")                     # never a silent shift of the classes behind it
+    refused(lambda: data.TinyImageNet(root, "val"), "val", "n02", "same classes")
+    (root / "val/n02").mkdir()
+    refused(lambda: data.TinyImageNet(root, "val"), "val/n02", "no images")
+
+
+def test_flat_validation_without_its_annotations(tmp_path):
+    root = make_tree(tmp_path)
+    (root / "val/val_annotations.txt").unlink()
+    refused(lambda: data.TinyImageNet(root, "val"), "val_annotations.txt")
+    refused(lambda: data.TinyImageNet(tmp_path / "val", "train"), "val/train", "No such file")
+
+
+def test_classification_views_against_plain_pillow(tmp_path):
+    """Evaluation: short side to S / 0.875, bicubic, centre; training with every part turned off is the same."""
+    root = make_tree(tmp_path)
+    path = root / "train/n01/images/n01_1.JPEG"
+    Image.fromarray(smooth_image(90, 130)).save(path)
+    resized = Image.open(path).resize((52, 36), Image.Resampling.BICUBIC)
+    expected = (np.array(resized)[2:34, 10:42] / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    plain = dict(resized_crop=False, flip=False, rand_augment=False, jitter=0, erase=0)
+    for dataset in (data.TinyImageNet(root, "train", 32, train=False), data.TinyImageNet(root, "train", 32, **plain)):
+        got = dataset[1][0].permute(1, 2, 0).numpy()
+        assert abs(got - expected).max() < 0.03
+    whole = data.TinyImageNet(root, "train", 32, **plain)[1][0]
+    for part in plain:                                              # each part alone does something in some epoch
+        alone = data.TinyImageNet(root, "train", 32, **{key: key == part and (1.0 if part in ("jitter", "erase") else True) for key in plain})
+        assert not all(torch.equal(alone[epoch, 0, 1][0], whole) for epoch in range(8)), part
+
+
+def test_mixing_against_brute_force():
+    torch.manual_seed(0)
+    images, labels = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 2])
+    one_hot = lambda k, s: torch.tensor([s / 5 + (1 - s) * (j == k) for j in range(5)])
+    shares = set()
+    for seed in range(20):
+        mixed, targets = data.mixup_cutmix(images, labels, 5, (0, seed), mixup=0.8, cutmix=0.0, smoothing=0.1)
+        share = ((mixed[0] - images[3]) / (images[0] - images[3])).median()
+        for i in range(4):
+            assert torch.allclose(mixed[i], share * images[i] + (1 - share) * images[3 - i], atol=1e-5)
+            assert torch.allclose(targets[i], share * one_hot(labels[i], 0.1) + (1 - share) * one_hot(labels[3 - i], 0.1), atol=1e-5)
+        mixed, targets = data.mixup_cutmix(images, labels, 5, (0, seed), mixup=0.0, cutmix=1.0, smoothing=0.1)
+        pasted = (mixed[0] != images[0]).all(0)
+        share = 1 - pasted.float().mean()                           # counted in pixels, box cut off at the border or not
+        rows, columns = pasted.any(1), pasted.any(0)
+        assert torch.equal(pasted, rows[:, None] & columns) and all((m.int().diff() != 0).sum() <= 2 for m in (rows, columns))
+        for i in range(4):
+            assert torch.equal(mixed[i], torch.where(pasted, images[3 - i], images[i]))
+            assert torch.allclose(targets[i], share * one_hot(labels[i], 0.1) + (1 - share) * one_hot(labels[3 - i], 0.1), atol=1e-6)
+        shares.add(share.item())
+    assert len(shares) > 10
+    same, targets = data.mixup_cutmix(images, labels, 5, (0, 0), mixup=0.0, cutmix=0.0, smoothing=0.0)
+    assert torch.equal(same, images) and torch.equal(targets, F.one_hot(labels, 5).float())
+
+
+def test_shapes_are_pure_functions_of_split_and_index():
+    again = data.draw_shapes(1, 7, 96)
+    val = data.Shapes("val")
+    image, labels, _ = val[7]
+    assert np.array_equal(image.permute(1, 2, 0), again[0]) and np.array_equal(labels, again[1])
+    assert not np.array_equal(data.draw_shapes(0, 7, 96)[0], again[0]) and not np.array_equal(data.draw_shapes(1, 8, 96)[0], again[0])
+    assert zlib.crc32(again[1].tobytes()) == 987094302             # the same on every machine: figures can be compared
+    share = val.labels.flatten().long().bincount(minlength=9) / val.labels.numel()
+    assert (share > 0.01).all() and len(share) == data.Shapes.num_classes >= 8 and val.labels.max() < 9
+    means = torch.stack([val.images.reshape(-1, 3)[val.labels.flatten() == k].float().mean(0) for k in range(9)])
+    assert means.std(0).max() < 12                                  # colour alone tells nothing
+
+
+def test_data_command(tmp_path, capsys):
+    make_set(tmp_path / "good", splits=["val"])                     # a set with nothing but a validation split
+    data.main([str(tmp_path / "good"), "--out", str(tmp_path / "sheet.png")])
+    out = capsys.readouterr().out
+    assert "val: 4 images, 4 of them good" in out and "width  min 50, median 52, max 53" in out
+    masks = np.concatenate([np.array(Image.open(p)).ravel() for p in sorted((tmp_path / "good/annotations/validation").iterdir())])
+    assert f"{100 * (masks == 2).mean():9.3f}       4  class 1" in out
+    assert f"{100 * ((masks == 0) | (masks == 255)).mean():9.3f}       4  (ignored)" in out
+    assert Image.open(tmp_path / "sheet.png").size[0] > 400
+    data.main([str(make_tree(tmp_path / "tree")), "--out", str(tmp_path / "tree.png")])
+    out = capsys.readouterr().out
+    assert "train: 9 images, 9 of them good" in out and "3 classes of 3 to 3 images" in out and "3 classes of 2 to 2 images" in out
+    refused(lambda: data.main([str(tmp_path / "good"), "--out", str(tmp_path / "none/sheet.png")]), "--out", "none/sheet.png")
+    make_set(tmp_path / "bad", images=5)
+    (tmp_path / "bad/images/training/0.jpg").write_text("")
+    (tmp_path / "bad/annotations/training/1.png").unlink()
+    (tmp_path / "bad/images/validation/2.jpg").unlink()
+    Image.new("L", (9, 9)).save(tmp_path / "bad/annotations/validation/3.png")
+    status, out, err = run("data.py", tmp_path / "bad", "--out", tmp_path / "bad.png")
+    assert status == 1 and "Traceback" not in err and (tmp_path / "bad.png").exists()
+    for name in ("images/training/0.jpg", "images/training/1.jpg", "annotations/validation/2.png", "annotations/validation/3.png"):
+        assert sum(f"error: {tmp_path}/bad/{name}" in line for line in err.splitlines()) == 1, err
+    assert "4 bad files" in err and "images/training/2.jpg" not in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training scripts
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """{script: its tiny data set}. Every other mask is nearly empty: means of means would show."""
+    root = tmp_path_factory.mktemp("tiny")
+    make_set(root / "street", images=8)
+    for path in sorted((root / "street/annotations/training").iterdir())[::2]:
+        mask = np.array(Image.open(path))
+        mask[8:] = 0
+        Image.fromarray(mask).save(path)
+    return {train_seg: str(root / "street"), train_cls: str(make_tree(root / "tree"))}
+
+
+def flags(script, tiny, folder, *more):
+    """Two epochs of four steps of two images."""
+    return ["--data-path", tiny[script], "--output-dir", str(folder), "--model", "segformer_b0", "--batch-size", "2", "--workers", "0",
+            "--epochs", "2", "--warmup", "1", "--lr", "1e-3", "--crop" if script is train_seg else "--image-size", "32", *map(str, more)]
+
+
+def train(script, *arguments):
+    """main() of a script with `flags`, on one thread: for models this small a second one only costs."""
+    torch.set_num_threads(1)
+    try:
+        script.main(flags(script, *arguments))
+    finally:
+        torch.set_num_threads(2)
+
+
+def rows(folder, timed=False):
+    """The rows of log.jsonl, without what the clock says."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if timed or k not in ("seconds", "images_per_second", "peak_memory_gib")} for line in lines]
+
+
+def same_bits(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def last(folder):
+    """The content of last.pt, without what the clock says."""
+    state = models.read_checkpoint(folder / "last.pt")
+    return {k: v for k, v in state.items() if k not in ("seconds", "row")}
+
+
+RUNS = {"seg": (train_seg, ["--ema", "0.9"]), "seg accum": (train_seg, ["--accum", "2", "--clip", "1"]),
+        "cls": (train_cls, ["--ema", "0.9"])}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny, tmp_path_factory):
+    """{name of a run: its folder}, each trained in one go."""
+    folders = {name: tmp_path_factory.mktemp("runs") for name in RUNS}
+    for name, (script, more) in RUNS.items():
+        train(script, tiny, folders[name], *more)
+    return folders
+
+
+class Cut(Exception):
+    pass
+
+
+CUTS = {                # where a run ends: (module and name of a function that is called there, when)
+    "in the second step of epoch 2": (None, "learning_rate", lambda step, steps, *_: step == steps // 2 + 1),
+    "instead of writing last.pt": (models, "save_checkpoint", lambda path, c: path.name == "last.pt" and c["epoch"] == 2),
+    "before the line in the log": (None, "append", lambda log, row: row["epoch"] == 2),
+}
+
+
+@pytest.mark.parametrize("name, place", [("seg", place) for place in CUTS] + [("seg accum", "in the second step of epoch 2"),
+                                                                            ("cls", "in the second step of epoch 2")])
+def test_resuming_gives_the_bits_of_never_having_stopped(tiny, uninterrupted, tmp_path, capsys, name, place):
+    script, more = RUNS[name]
+    module, function, when = CUTS[place]
+    original = getattr(module or script, function)
+
+    def cutting(*args):
+        if when(*args):
+            raise Cut
+        return original(*args)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(module or script, function, cutting)
+        train(script, tiny, tmp_path, *more)
+    assert len(rows(tmp_path)) == 1
+    torch.rand(3)                                                   # whatever the global random stream holds
+    train(script, tiny, tmp_path, *more)
+    whole = uninterrupted[name]
+    assert same_bits(last(tmp_path), last(whole)) and last(whole)["epoch"] == 2
+    assert rows(tmp_path) == rows(whole) and [row["epoch"] for row in rows(whole)] == [1, 2]
+    assert same_bits(models.read_checkpoint(tmp_path / "best.pt")["model"], models.read_checkpoint(whole / "best.pt")["model"])
+    assert ("continuing after epoch 1" in capsys.readouterr().out) == (place == "in the second step of epoch 2" or "last.pt" in place)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    train(script, tiny, tmp_path, *more)               # once more: nothing to do, nothing written
+    assert "complete already" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_killed_run_loses_nothing(tiny, uninterrupted, tmp_path):
+    """kill -9 as soon as the first epoch is in the log."""
+    script, more = RUNS["seg"]
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train_seg.py"), *flags(script, tiny, tmp_path, *more)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not ((tmp_path / "log.jsonl").exists() and rows(tmp_path)):
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -9
+    train(script, tiny, tmp_path, *more)
+    assert same_bits(last(tmp_path), last(uninterrupted["seg"])) and rows(tmp_path) == rows(uninterrupted["seg"])
+
+
+def test_resume_begins_a_new_folder_with_the_state_of_another(tiny, uninterrupted, tmp_path, capsys):
+    script, more = RUNS["cls"]
+    train(script, tiny, tmp_path / "new", *more, "--resume", uninterrupted["cls"])
+    assert "complete already" in capsys.readouterr().out and rows(tmp_path / "new") == rows(uninterrupted["cls"])[1:]
+
+
+def test_another_run_in_the_folder_is_refused_and_kept(tiny, uninterrupted):
+    folder = uninterrupted["seg"]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    again = lambda *more: train(train_seg, tiny, folder, "--ema", "0.9", *more)
+    refused(lambda: again("--lr", "2e-3", "--clip", "5"), "last.pt", "lr was 0.001, now 0.002", "clip was inf, now 5.0", "--output-dir")
+    refused(lambda: again("--batch-size", "4"), "effective-batch was 2, now 4")
+    refused(lambda: again("--head", "mlp_concat"), "model was segformer_b0, now segformer_b0")
+    refused(lambda: train(train_cls, tiny, folder), "another run", "crop was 32, now None")
+    again("--batch-size", "1", "--accum", "2", "--workers", "1")    # the same run in other terms
+    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+                               "print('held', flush=True); sys.stdin.read()", folder / "log.jsonl"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    refused(again, folder, "another run is writing here")
+    holder.communicate()
+    again()
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "weights"])
+def test_a_corrupt_state_is_one_line_and_stays(tiny, uninterrupted, tmp_path, damage):
+    for path in uninterrupted["cls"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    state = tmp_path / "last.pt"
+    if damage == "cut":
+        state.write_bytes(state.read_bytes()[:100_000])
+    elif damage == "text":
+        state.write_text("version https://git-lfs.github.com/spec/v1\n")
+    else:
+        state.write_bytes((tmp_path / "best.pt").read_bytes())      # no optimizer
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    refused(lambda: train(train_cls, tiny, tmp_path, "--ema", "0.9"), state)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["seg", "cls"])
+def test_a_step_that_is_not_finite_stops_before_it_is_saved(tiny, uninterrupted, tmp_path, monkeypatch, name):
+    script, more = RUNS[name]
+    with monkeypatch.context() as patch:
+        learning_rate = script.learning_rate
+        patch.setattr(script, "learning_rate", lambda step, *rest: float("inf") if step == 5 else learning_rate(step, *rest))
+        refused(lambda: train(script, tiny, tmp_path, *more), "step 6", "nan", tmp_path, "keeps epoch 1", "--lr")
+    assert len(rows(tmp_path)) == 1 and all(v.isfinite().all() for v in last(tmp_path)["model"].values())
+    train(script, tiny, tmp_path, *more)
+    assert same_bits(last(tmp_path), last(uninterrupted[name]))
+
+
+def test_a_classifier_hands_its_encoder_over(tiny, uninterrupted, tmp_path, monkeypatch, capsys):
+    """With a learning rate of 0 the weights stay what they were at the start: those of the classifier's moving average."""
+    monkeypatch.setattr(train_seg, "learning_rate", lambda *_: 0.0)
+    train(train_seg, tiny, tmp_path, "--pretrain", uninterrupted["cls"] / "best.pt", "--epochs", "1")
+    out = capsys.readouterr().out
+    theirs, ours = models.read_checkpoint(uninterrupted["cls"] / "best.pt")["ema"], last(tmp_path)["model"]
+    shared = [key for key in ours if key.startswith("encoder.")]
+    assert len(shared) > 100 and all(torch.equal(ours[key], theirs[key]) for key in shared)
+    head = [key for key in ours if key.startswith("head.") and "num_batches_tracked" not in key]
+    assert f"loaded {len(shared)} tensors" in out and f"new by design, freshly initialised: {len(head)} (head." in out
+    refused(lambda: train(train_seg, tiny, tmp_path / "b1", "--pretrain", uninterrupted["cls"] / "best.pt", "--model",
+                                         "segformer_b1"), "best.pt", "does not fit segformer_b1", "looks like segformer_b0")
+
+
+def test_mixed_precision_on_the_cpu(tiny, uninterrupted, tmp_path):
+    train(train_seg, tiny, tmp_path, "--amp", "bf16")
+    for mixed, full in zip(rows(tmp_path), rows(uninterrupted["seg"]), strict=True):
+        assert mixed["loss"] != full["loss"] and mixed["loss"] == pytest.approx(full["loss"], abs=0.03)
+    assert all(v.dtype != torch.bfloat16 and v.isfinite().all() for v in last(tmp_path)["model"].values())
+
+
+def test_learning_rates_against_their_formulas():
+    """mmcv's poly schedule of power 1 with linear warm-up of ratio 1e-6; timm's cosine down to 1e-5."""
+    for step in range(100):
+        k = (1 - step / 20) * (1 - 1e-6) if step < 20 else 0
+        assert train_seg.learning_rate(step, 100, 20, 6e-5) == pytest.approx(6e-5 * (1 - step / 100) * (1 - k), rel=1e-9)
+        assert train_seg.learning_rate(step, 100, 0, 6e-5) == pytest.approx(6e-5 * (1 - step / 100))
+    rates = [train_cls.learning_rate(step, 100, 20, 1e-3) for step in range(101)]
+    assert rates[0] == pytest.approx(1e-6) and rates[10] == pytest.approx((1e-6 + 1e-3) / 2)
+    assert rates[20] == pytest.approx(1e-3) and rates[60] == pytest.approx((1e-3 + 1e-5) / 2) and rates[100] == pytest.approx(1e-5)
+    assert rates[40] == pytest.approx(1e-5 + (1e-3 - 1e-5) * (2 + 2 ** 0.5) / 4) and sorted(rates[20:], reverse=True) == rates[20:]
+
+
+def still(build):
+    """models.build without what depends on the share of a process: drop rates 0, BatchNorm at its running statistics."""
+    def wrapped(*args, **more):
+        model = build(*args, **more)
+        for m in model.modules():
+            if isinstance(m, (torch.nn.Dropout, torch.nn.Dropout2d)):
+                m.p = 0.0
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.eval().train = lambda mode=True, m=m: m
+        return model
+    return wrapped
+
+
+TWO = """
+import sys
+sys.path.insert(0, {here!r})
+import data, models, test_models, train_cls, train_seg
+models.build = test_models.still(models.build)
+data.run({script}.main)
+"""
+
+
+@pytest.mark.parametrize("script", [train_seg, train_cls])
+def test_two_processes_and_two_passes_equal_the_doubled_batch(tiny, tmp_path, monkeypatch, script):
+    more = ["--drop-path", "0"]
+    if script is train_cls:
+        more += ["--mixup", "0", "--cutmix", "0"]                   # the mixing is drawn for each process and pass
+    (tmp_path / "two.py").write_text(TWO.format(here=HERE, script=script.__name__))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "two.py",
+                           *flags(script, tiny, tmp_path / "two", *more)], capture_output=True, text=True)
+    assert done.returncode == 0 and "effective batch 4 = 2 images x 2 processes x 1 passes" in done.stdout, done.stderr
+    monkeypatch.setattr(models, "build", still(models.build))
+    train(script, tiny, tmp_path / "double", *more, "--batch-size", "4")
+    train(script, tiny, tmp_path / "accum", *more, "--accum", "2")
+    double = rows(tmp_path / "double")
+    assert len(double) == 2
+    for other in (rows(tmp_path / "two"), rows(tmp_path / "accum")):
+        for a, b in zip(double, other, strict=True):
+            assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+            assert all(a[key] == pytest.approx(b[key], abs=0.2) for key in a if key in ("mIoU", "aAcc", "top1"))
+
+
+def test_mistakes_under_torchrun_come_first(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(HERE, "train_seg.py"),
+                           "--data-path", tmp_path / "nowhere"], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    lines = done.stderr.splitlines()
+    assert done.returncode != 0 and lines[0].startswith(f"error: {tmp_path}/nowhere: no such folder")
+
+
+def test_mistakes_on_the_command_line(tiny, tmp_path):
+    seg = lambda *more: lambda: train(train_seg, tiny, tmp_path / "run", *more)
+    for key, value in (("workers", "-1"), ("seed", "-1"), ("ema", "1.5"), ("lr", "0"), ("drop-path", "1"), ("warmup", "-1"), ("lr", "nan")):
+        refused(seg(f"--{key}", value), f"--{key} {float(value) if key in ('ema', 'lr', 'drop-path') else value}: must be")
+    refused(seg("--model", "segformer_b9"), "segformer_b9", "segformer_b0, segformer_b1")
+    refused(seg("--attn", "magic"), "--attn", "magic", "sra")
+    refused(seg("--crop", "16"), "16", "29 pixels")
+    refused(seg("--batch-size", "9"), "--batch-size 9", "8 images")
+    refused(seg("--batch-size", "4", "--accum", "3"), "--accum 3")
+    refused(seg("--sync-bn", "--device", "cpu"), "--sync-bn")
+    refused(seg("--device", "abacus"), "--device abacus")
+    refused(seg("--resume", tmp_path / "nowhere"), "nowhere", "no such file")
+    refused(seg("--pretrain", tmp_path / "nowhere.pt"), "nowhere.pt", "no such file")
+    refused(seg("--data-path", tiny[train_cls]), tiny[train_cls], "images/ with annotations/")
+    (tmp_path / "file").write_text("")
+    refused(seg("--output-dir", tmp_path / "file"), tmp_path / "file", "--output-dir")
+    refused(lambda: train(train_cls, tiny, tmp_path / "run", "--erase", "2"), "--erase 2.0")
+    refused(lambda: train(train_cls, tiny, tmp_path / "run", "--data-path", tiny[train_seg]), "train", "class")
+    assert not (tmp_path / "run/last.pt").exists()
+
+
+def test_the_embedded_data_train_without_a_flag(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data.Shapes, "COUNT", {"train": 32, "val": 7})
+    for script, folder, score in ((train_seg, "runs/seg-segformer_b0-shapes", "mIoU"), (train_cls, "runs/cls-segformer_b0-shapes", "top1")):
+        torch.set_num_threads(1)
+        script.main(["--epochs", "1", "--workers", "0"])
+        torch.set_num_threads(2)
+        out = capsys.readouterr().out
+        assert "complete: best" in out and folder in out
+        written = {path.name for path in (tmp_path / folder).iterdir()}
+        assert written == {"last.pt", "best.pt", "log.jsonl"} | ({"samples.png"} if script is train_seg else set())
+        row, = rows(tmp_path / folder, timed=True)
+        assert 0 <= row[score] <= 100 and row["seconds"] > 0 and row["images_per_second"] > 0
+    assert Image.open(tmp_path / "runs/seg-segformer_b0-shapes/samples.png").size[1] > 6 * 96
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -68,15 +68,18 @@ def arguments(argv=None):
     for key, value in (RECIPE if args.data_path else QUICK).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    for key in ("crop", "epochs", "batch_size", "accum", "lr", "clip"):
-        if not getattr(args, key) > 0:
-            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: must be above 0")
+    for keys, fits, words in (("crop epochs batch_size accum lr clip", lambda v: v > 0, "must be above 0"),
+                              ("weight_decay warmup workers seed", lambda v: v >= 0, "must be at least 0"),
+                              ("drop_path ema", lambda v: 0 <= v < 1, "must be at least 0 and below 1")):
+        for key in keys.split():
+            if (value := getattr(args, key)) is not None and not fits(value):
+                raise UserError(f"--{key.replace('_', '-')} {value}: {words}")
     return args
 
 
 def learning_rate(step, steps, warmup, base):
     """Linear from base to 0 over the run, times a linear warm-up from 1e-6 to 1 (as in SegFormer's code)."""
-    ramp = min(1.0, 1e-6 + (1 - 1e-6) * step / max(1, warmup))
+    ramp = 1e-6 + (1 - 1e-6) * step / warmup if step < warmup else 1.0
     return base * (1 - step / steps) * ramp
 
 
@@ -122,7 +125,7 @@ def find_state(output, resume, settings):
         path = Path(resume)
         path = path / "last.pt" if path.is_dir() else path
     state = models.read_checkpoint(path)
-    if not isinstance(state, dict) or "optimizer" not in state:
+    if not isinstance(state, dict) or not {"optimizer", "args", "row"} <= state.keys():
         raise UserError(f"{path}: not the last.pt of a run, and only that can be continued; --pretrain takes weights")
     theirs = state["args"]
     different = [f"{key.replace('_', '-')} was {theirs.get(key)}, now {settings.get(key)}"
