@@ -87,7 +87,7 @@ def run(main):
         message = str(error)
         if "Original Traceback" in message:    # the loader wraps a worker's error into its traceback; the last line is ours
             message = message.strip().rpartition("UserError: ")[2]
-        # Mostly all processes meet the same mistake: torchrun ends the others when the first has left, before they print it too.
+        # Mostly all processes meet the same mistake: torchrun ends the others when one has left, before they say it too.
         time.sleep(min(1, int(os.environ.get("LOCAL_RANK", 0))))
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(1)    # without stop(): the other ranks may be inside a collective that this one will not join

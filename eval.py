@@ -134,7 +134,8 @@ def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
     """Confusion matrix of the whole set over all processes; the keywords are those of `predict`. Leaves the model's mode."""
     matrix, training = ConfusionMatrix(model.num_classes), model.training
     model.eval()
-    for items in tqdm(data.eval_loader(dataset, batch_size, processes, workers), "evaluating", leave=False, disable=processes.rank > 0):
+    loader = data.eval_loader(dataset, batch_size, processes, workers)
+    for items in tqdm(loader, "evaluating", leave=False, disable=processes.rank > 0):
         groups = {}                     # images of one size go together: padding them to a common one would change the result
         for image, label, path in items:
             groups.setdefault(image.shape, []).append((image, label, path))
@@ -157,7 +158,8 @@ def evaluate_cls(model, dataset, processes, batch_size, workers, amp="off"):
     """{"top1", "top5"} in percent, over all processes. Leaves the model's mode."""
     hits, training, device = torch.zeros(3, dtype=torch.int64), model.training, processes.device
     model.eval()
-    for items in tqdm(data.eval_loader(dataset, batch_size, processes, workers), "evaluating", leave=False, disable=processes.rank > 0):
+    loader = data.eval_loader(dataset, batch_size, processes, workers)
+    for items in tqdm(loader, "evaluating", leave=False, disable=processes.rank > 0):
         images, labels = torch.stack([i for i, _ in items]).to(device), torch.tensor([l for _, l in items], device=device)
         with torch.autocast(device.type, AMP[amp], enabled=AMP[amp] is not None):
             logits = model(images.contiguous(memory_format=torch.channels_last))

@@ -975,10 +975,15 @@ def test_eval_draws_images(street, tmp_path):
 
 def test_eval_mistakes_are_one_line(street, tmp_path):
     one_line_error(run("eval.py", "--checkpoint", tmp_path / "no.pt"), "no.pt", "no such file")
-    one_line_error(run("eval.py", "--checkpoint", street / "other.pt", "--data-path", street), "4 classes", "9")
-    one_line_error(run("eval.py"), "--checkpoint", "--pretrain")
-    one_line_error(run("eval.py", "--checkpoint", street / "good.pt", "--data-path", tmp_path / "none"), "none")
-    one_line_error(run("eval.py", "--model", "segformer_b1", "--pretrain", street / "good.pt"), "segformer_b0")
+    wrong = lambda *arguments: lambda: eval.main([str(argument) for argument in arguments])
+    refused(wrong("--checkpoint", street / "other.pt", "--data-path", street), "4 classes", "9")
+    refused(wrong(), "--checkpoint", "--pretrain")
+    refused(wrong("--checkpoint", street / "good.pt", "--data-path", tmp_path / "none"), "none")
+    refused(wrong("--model", "segformer_b1", "--pretrain", street / "good.pt"), "segformer_b0")
+    refused(wrong("--checkpoint", street / "good.pt", "--data-path", street, "--size", "20", "--workers", "0"), "0.png", "29 pixels")
+    refused(wrong("--checkpoint", street / "good.pt", "--images", street / "images/training", "--save-dir", street / "images/training"),
+            "--save-dir", "overwritten")
+    refused(wrong("--checkpoint", street / "good.pt", "--data-path", street, "--workers", "0", "--json", tmp_path / "none/r.json"), "--json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
