@@ -309,6 +309,8 @@ def build(name, task="seg", num_classes=None, drop_path=None, **slots):
         head = head(size.dims, num_classes, head_width(spec), size.rank)
     else:
         head = layers.Classifier(size.dims[-1], num_classes)
+        nn.init.normal_(head.fc.weight, std=0.02)           # as every family has it
+        nn.init.zeros_(head.fc.bias)
     model = Model(spec, task, num_classes, Encoder(stages, smallest_image(spec)), head)
     init_encoder(model.encoder, *INIT[size.init])
     return model
@@ -669,7 +671,7 @@ DEST = """
 """
 # Dialects of a table: (theirs there, theirs here), one after another
 PVT_V2_TIMM = (("patch_embed{I}", "stages.{i}.downsample"), ("block{I}", "stages.{i}.blocks"), ("norm{I}", "stages.{i}.norm"),
-               ("stages.0.downsample", "patch_embed"), ("dwconv.dwconv", "dwconv"))
+               ("dwconv.dwconv", "dwconv"))
 MSCAN_MMSEG = (("dwconv.dwconv", "dwconv"),)
 NEXT_VIT_TIMM = (("features.{k}", "stages.{i}.blocks.{j}"), ("mlp.conv", "mlp.fc"))
 SWIN_TIMM = (("layers.{h}", "layers.{i}"),)
@@ -797,7 +799,7 @@ class Format:
             value = value.flatten(2) if self.conv1d else value.flatten(1)
         if re.search(self.unfold, key):
             value = value.reshape(*value.shape[:-1], 2, 2, -1).transpose(-3, -1).flatten(-3)
-        return [part.contiguous() for part in value.chunk(count)]
+        return [part.contiguous() for part in (value.chunk(count) if count > 1 else [value])]
 
 
 LEAF = r"(?=(\.[a-z_]+)?$)"         # what may follow a row: weight, running_mean, ..., or nothing
@@ -829,14 +831,16 @@ def their_names(table, dialect):
 
 
 CLS = {"cls": "head.fc head"}
+TIMM_STEM = "encoder.stages.0.embed.conv patch_embed.proj\n encoder.stages.0.embed.norm patch_embed.norm"
 CLS_SWIN = {"cls": "encoder.stages.3.norm norm\n head.fc head"}
 MIT_ROWS = dict(rows="segformer|pvt_v2|lawin|lite")
 MSCAN_KIND = dict(rows="segnext", linear=r"$^")
 NEXT_KIND = dict(rows="nextvit|lite_hybrid", linear=r"attn\.(q|k|v|proj)$")
 NEXT_FRESH = dict(fresh=r"encoder\.stages\.[012]\.norm\.", dead=r"extra_norm_list\.3\.|proj_head\.")
 DEST_KIND = dict(rows="dest", linear=r"\.(q|k|proj|fc1\.conv|fc2)$", conv1d=True)
-SWIN_KIND = dict(rows="swin", dead=r".*\.(relative_position_index|attn_mask)$|norm\.")       # norm: after classification's last stage
-SWIN_FRESH = SWIN_KIND | dict(fresh=r"encoder\.stages\.\d\.norm\.")
+SWIN_INDEX = r".*\.(relative_position_index|attn_mask)$"
+SWIN_CLS = dict(rows="swin", fresh=r"encoder\.stages\.\d\.norm\.", dead=SWIN_INDEX + r"|norm\.")   # segmentation has no norm at the end,
+SWIN_SEG = dict(rows="swin", dead=SWIN_INDEX + r"|backbone\.norm[012]\.")                          # classification no others
 UNFOLD = dict(unfold=r"stages\.[123]\.embed\.")
 FORMATS = [     # of two that fit equally well, the first
     Format("own checkpoint"),
@@ -844,7 +848,7 @@ FORMATS = [     # of two that fit equally well, the first
     Format("original project", LITE, LITE_HEADS, rows="lite|segformer", linear=r"\.(q|kv|proj|projections\.\d)$"),
     Format("SegFormer / PVTv2 encoder", MIT, CLS, **MIT_ROWS),         # NVlabs' and PVTv2's files have the same names
     Format("SegFormer / PVTv2 / Lawin segmentor", MIT, MMSEG_HEADS, "backbone.", dead=r"decode_head\.conv_seg\.", **MIT_ROWS),
-    Format("timm PVTv2", MIT, CLS, dialect=PVT_V2_TIMM, rows="pvt_v2"),
+    Format("timm PVTv2", TIMM_STEM + MIT, CLS, dialect=PVT_V2_TIMM, rows="pvt_v2"),
     Format("MSCAN encoder", MSCAN, CLS, **MSCAN_KIND),
     Format("SegNeXt segmentor", MSCAN, MMSEG_HEADS, "backbone.", **MSCAN_KIND),
     Format("mmsegmentation MSCAN encoder", MSCAN, CLS, dialect=MSCAN_MMSEG, **MSCAN_KIND),
@@ -852,12 +856,12 @@ FORMATS = [     # of two that fit equally well, the first
     Format("Next-ViT encoder", NEXT_VIT, {"cls": "head.fc proj_head.0"}, **NEXT_KIND, **NEXT_FRESH),
     Format("Next-ViT segmentor", NEXT_VIT, MMSEG_HEADS, "backbone.", dead=r"backbone\.(extra_norm_list\.3|proj_head)\.", **NEXT_KIND),
     Format("timm Next-ViT", NEXT_VIT, {"cls": "head.fc head.fc"}, dialect=NEXT_VIT_TIMM, **NEXT_KIND, **NEXT_FRESH),
-    Format("Swin encoder", SWIN, CLS_SWIN, **SWIN_FRESH),
-    Format("Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", **SWIN_KIND),
-    Format("timm Swin", SWIN, {"cls": "encoder.stages.3.norm norm\n head.fc head.fc"}, dialect=SWIN_TIMM, **SWIN_FRESH),
-    Format("torchvision Swin", SWIN, CLS_SWIN, dialect=SWIN_TORCHVISION, **SWIN_FRESH),
-    Format("mmsegmentation Swin encoder", SWIN, CLS_SWIN, dialect=SWIN_MMSEG, **SWIN_FRESH, **UNFOLD),
-    Format("mmsegmentation Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", SWIN_MMSEG, **SWIN_KIND, **UNFOLD),
+    Format("Swin encoder", SWIN, CLS_SWIN, **SWIN_CLS),
+    Format("Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", **SWIN_SEG),
+    Format("timm Swin", SWIN, {"cls": "encoder.stages.3.norm norm\n head.fc head.fc"}, dialect=SWIN_TIMM, **SWIN_CLS),
+    Format("torchvision Swin", SWIN, CLS_SWIN, dialect=SWIN_TORCHVISION, **SWIN_CLS),
+    Format("mmsegmentation Swin encoder", SWIN, CLS_SWIN, dialect=SWIN_MMSEG, **SWIN_CLS, **UNFOLD),
+    Format("mmsegmentation Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", SWIN_MMSEG, **SWIN_SEG, **UNFOLD),
     Format("DEST depth encoder", DEST, CLS, **DEST_KIND),
     Format("DEST encoder", DEST, CLS, dialect=DEST_SEG, **DEST_KIND),
     Format("DEST segmentor", DEST, MMSEG_HEADS, "backbone.", DEST_SEG, **DEST_KIND),
@@ -997,10 +1001,10 @@ def export_pretrained(model, path, format=None, classes=None):
     forms = [f for f in FORMATS[1:] if re.match(f.rows, model.spec.name)] if format is None else [f for f in FORMATS if f.name == format]
     if not forms:
         raise UserError(f"format {format!r} is not known; choose from: {', '.join(f.name for f in FORMATS)}")
-    nameless = {form: [key for key in model.state_dict() if key not in form.names(model)] for form in forms}
-    form = min(forms, key=lambda form: len(nameless[form]))
-    if nameless[form]:
-        raise UserError(f"{form.name} has no name for {len(nameless[form])} tensors of {model.spec}{example(nameless[form])}; "
+    nameless = {form.name: [key for key in model.state_dict() if key not in form.names(model)] for form in forms}
+    form = min(forms, key=lambda form: len(nameless[form.name]))
+    if nameless[form.name]:
+        raise UserError(f"{form.name} has no name for {len(nameless[form.name])} tensors of {model.spec}{example(nameless[form.name])}; "
                         "models.save_checkpoint keeps any model")
     state, names_of = {}, form.names(model)
     for key, value in model.state_dict().items():
