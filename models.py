@@ -833,7 +833,7 @@ def their_names(table, dialect):
 CLS = {"cls": "head.fc head"}
 TIMM_STEM = "encoder.stages.0.embed.conv patch_embed.proj\n encoder.stages.0.embed.norm patch_embed.norm"
 CLS_SWIN = {"cls": "encoder.stages.3.norm norm\n head.fc head"}
-MIT_ROWS = dict(rows="segformer|pvt_v2|lawin|lite")
+MIT_ROWS = dict(rows="segformer|pvt_v2|lawin")
 MSCAN_KIND = dict(rows="segnext", linear=r"$^")
 NEXT_KIND = dict(rows="nextvit|lite_hybrid", linear=r"attn\.(q|k|v|proj)$")
 NEXT_FRESH = dict(fresh=r"encoder\.stages\.[012]\.norm\.", dead=r"extra_norm_list\.3\.|proj_head\.")
