@@ -1001,7 +1001,7 @@ def export_pretrained(model, path, format=None, classes=None):
     forms = [f for f in FORMATS[1:] if re.match(f.rows, model.spec.name)] if format is None else [f for f in FORMATS if f.name == format]
     if not forms:
         raise UserError(f"format {format!r} is not known; choose from: {', '.join(f.name for f in FORMATS)}")
-    nameless = {form.name: [key for key in model.state_dict() if key not in form.names(model)] for form in forms}
+    nameless = {form.name: [key for key in model.state_dict() if key not in names] for form in forms for names in [form.names(model)]}
     form = min(forms, key=lambda form: len(nameless[form.name]))
     if nameless[form.name]:
         raise UserError(f"{form.name} has no name for {len(nameless[form.name])} tensors of {model.spec}{example(nameless[form.name])}; "

@@ -945,9 +945,9 @@ STRANGERS = [("segformer_b0", "segformer_b2", "Hugging Face SegFormer"), ("pvt_v
 @pytest.mark.parametrize("name, donor, form", STRANGERS)
 def test_files_of_another_row_are_named(name, donor, form):
     model, other, form = on_meta(name, "cls"), on_meta(donor, "cls"), format_named(form)
-    state = {}
+    state, names_of = {}, form.names(other)
     for key, value in other.state_dict().items():
-        state |= zip(form.names(other)[key], form.write(key, value, len(form.names(other)[key])))
+        state |= zip(names_of[key], form.write(key, value, len(names_of[key])))
     with pytest.raises(UserError) as error:
         models.load_pretrained(model, state)
     assert form.name in str(error.value) and str(error.value).endswith(f"looks like {donor}") and "\n" not in str(error.value), str(error.value)
