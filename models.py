@@ -564,8 +564,8 @@ def read_safetensors(path):
 # Public weights: key maps, ours on the left and theirs on the right, read both ways
 # ---------------------------------------------------------------------------------------------------------------------
 
-# A row is "ours theirs", two modules or tensors; a last part (.weight, .bias, ...) is the same in both. In our names: {i} stage,
-# {j} block or other position, {n} any number, {a|b} one of these words. In theirs: the same, {x} the word, and {h} = i - 1, {I} = i + 1,
+# A row is "ours theirs", modules or tensors; a last part (.weight, .bias, ...) is the same in both. In our names: {i} stage, {j}
+# block or other position, {n} any number, {a|b} one of these words. In theirs: the same, {x} the word, and {h} = i - 1, {I} = i + 1,
 # {II} = i + 2, {E} = 2i, {O} = 2i + 1, {J2} = 2j, {R} = 8, 4, 2, {k}: position of the block over all stages (without j: of the
 # stage's first). "a + b": two tensors that we hold as one, stacked along the first axis. The first row that fits counts.
 MIT = """
@@ -675,8 +675,9 @@ PVT_V2_TIMM = (("patch_embed{I}", "stages.{i}.downsample"), ("block{I}", "stages
 MSCAN_MMSEG = (("dwconv.dwconv", "dwconv"),)
 NEXT_VIT_TIMM = (("features.{k}", "stages.{i}.blocks.{j}"), ("mlp.conv", "mlp.fc"))
 SWIN_TIMM = (("layers.{h}", "layers.{i}"),)
-SWIN_TORCHVISION = (("patch_embed.proj", "features.0.0"), ("patch_embed.norm", "features.0.2"), ("layers.{h}.downsample", "features.{E}"),
-                    ("layers.{i}.blocks", "features.{O}"), ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"))
+SWIN_TORCHVISION = (("patch_embed.proj", "features.0.0"), ("patch_embed.norm", "features.0.2"),
+                    ("layers.{h}.downsample", "features.{E}"), ("layers.{i}.blocks", "features.{O}"),
+                    ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"))
 SWIN_MMSEG = (("patch_embed.proj", "patch_embed.projection"), ("layers", "stages"), ("attn.", "attn.w_msa."),
               ("mlp.fc1", "ffn.layers.0.0"), ("mlp.fc2", "ffn.layers.1"))
 DEST_SEG = (("norm1", "bn1"), ("norm2", "bn2"), ("norm", "bn1"))
@@ -743,9 +744,9 @@ LITE_HEADS = HF_HEADS | {"light_ham": "head.squeeze decode_head.squeeze.conv\n h
 class Format:
     """A way of naming tensors; keys None: our own.
 
-    keys: the encoder's rows; heads: rows for each word of --head and for "cls", which go first; prefix: of the encoder inside a
-    segmentor's file; dialect: changes of theirs in keys; rows: the names of the models that it is for; dead: names that the files
-    carry and no forward pass uses; fresh: ours that such files never have; linear: our 1x1 convolutions that are
+    keys: the encoder's rows; heads: rows for each word of --head and for "cls", which go first; prefix: of the encoder in a
+    segmentor's file; dialect: changes of theirs in keys; rows: the names of the models that it is for; dead: names that the
+    files carry and no forward pass uses; fresh: ours that such files never have; linear: our 1x1 convolutions that are
     Linear layers there (conv1d: Conv1d); unfold: ours whose channels they have in nn.Unfold's order.
     """
     name: str
@@ -764,7 +765,8 @@ class Format:
         """{our name of a tensor: the list of theirs} (more than one: stacked) for what this format has of the model."""
         if self.keys is None:
             return {key: [key] for key in model.state_dict()}
-        rows = key_rows(self.heads.get("cls" if model.task == "cls" else model.spec.head, "")) + key_rows(self.keys, self.dialect)
+        head = self.heads.get("cls" if model.task == "cls" else model.spec.head, "")
+        rows = key_rows(head) + key_rows(self.keys, self.dialect)
         depths = SIZES[model.spec.size].depths
         names = {}
         for key in model.state_dict():
@@ -777,14 +779,14 @@ class Format:
     def finish(self, key, part, match, depths):
         n = {name: value if name == "x" else int(value) for name, value in match.groupdict().items()}
         i, j = n.get("i", 0), n.get("j", 0)
-        n = {"i": i, "j": j, "h": i - 1, "I": i + 1, "II": i + 2, "E": 2 * i, "O": 2 * i + 1, "J2": 2 * j, "k": sum(depths[:i]) + j,
-             "R": 8 >> i} | n
+        n = {"i": i, "j": j, "h": i - 1, "I": i + 1, "II": i + 2, "E": 2 * i, "O": 2 * i + 1, "J2": 2 * j,
+             "k": sum(depths[:i]) + j, "R": 8 >> i} | n
         return (self.prefix if key.startswith("encoder.") else "") + part.format(**n) + key[match.end():]
 
     def recognised(self, state):
         """How many of a file's names are this format's, of any encoder."""
-        pattern = re.compile(re.escape(self.prefix) + their_names(self.keys, self.dialect) if self.keys else r"encoder\.stages\.\d\.")
-        return sum(pattern.match(name) is not None for name in state)
+        pattern = re.escape(self.prefix) + their_names(self.keys, self.dialect) if self.keys else r"encoder\.stages\.\d\."
+        return sum(re.match(pattern, name) is not None for name in state)
 
     def read(self, key, tensors):
         """Their tensors -> ours, up to axes of size 1."""
@@ -839,8 +841,9 @@ NEXT_KIND = dict(rows="nextvit|lite_hybrid", linear=r"attn\.(q|k|v|proj)$")
 NEXT_FRESH = dict(fresh=r"encoder\.stages\.[012]\.norm\.", dead=r"extra_norm_list\.3\.|proj_head\.")
 DEST_KIND = dict(rows="dest", linear=r"\.(q|k|proj|fc1\.conv|fc2)$", conv1d=True)
 SWIN_INDEX = r".*\.(relative_position_index|attn_mask)$"
-SWIN_CLS = dict(rows="swin", fresh=r"encoder\.stages\.\d\.norm\.", dead=SWIN_INDEX + r"|norm\.")   # segmentation has no norm at the end,
-SWIN_SEG = dict(rows="swin", dead=SWIN_INDEX + r"|backbone\.norm[012]\.")                          # classification no others
+# classification has one norm at the end, segmentation one on each map: a file of one task has no norms for the other
+SWIN_CLS = dict(rows="swin", fresh=r"encoder\.stages\.\d\.norm\.", dead=SWIN_INDEX + r"|norm\.")
+SWIN_SEG = dict(rows="swin", dead=SWIN_INDEX + r"|backbone\.norm[012]\.")
 UNFOLD = dict(unfold=r"stages\.[123]\.embed\.")
 FORMATS = [     # of two that fit equally well, the first
     Format("own checkpoint"),
@@ -854,7 +857,7 @@ FORMATS = [     # of two that fit equally well, the first
     Format("mmsegmentation MSCAN encoder", MSCAN, CLS, dialect=MSCAN_MMSEG, **MSCAN_KIND),
     Format("mmsegmentation SegNeXt", MSCAN, MMSEG_HEADS, "backbone.", MSCAN_MMSEG, **MSCAN_KIND),
     Format("Next-ViT encoder", NEXT_VIT, {"cls": "head.fc proj_head.0"}, **NEXT_KIND, **NEXT_FRESH),
-    Format("Next-ViT segmentor", NEXT_VIT, MMSEG_HEADS, "backbone.", dead=r"backbone\.(extra_norm_list\.3|proj_head)\.", **NEXT_KIND),
+    Format("Next-ViT segmentor", NEXT_VIT, MMSEG_HEADS, "backbone.", **NEXT_KIND, dead=r"backbone\.(extra_norm_list\.3|proj_head)\."),
     Format("timm Next-ViT", NEXT_VIT, {"cls": "head.fc head.fc"}, dialect=NEXT_VIT_TIMM, **NEXT_KIND, **NEXT_FRESH),
     Format("Swin encoder", SWIN, CLS_SWIN, **SWIN_CLS),
     Format("Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", **SWIN_SEG),
@@ -940,8 +943,8 @@ def load_pretrained(model, source):
     path, state = read_weights(source)
     form = max(FORMATS, key=lambda form: form.recognised(state))
     if not form.recognised(state):
-        raise UserError(f"{path}: none of its {len(state)} tensors ({', '.join(list(state)[:3])}, ...) has a name of a known format; "
-                        f"these are: {', '.join(f.name for f in FORMATS)}")
+        raise UserError(f"{path}: none of its {len(state)} tensors ({', '.join(list(state)[:3])}, ...) has a name of a known "
+                        f"format; these are: {', '.join(f.name for f in FORMATS)}")
     report, values, used, misfits, names_of = Report(form.name), {}, set(), [], form.names(model)
     for key, target in model.state_dict().items():
         names = names_of.get(key)
@@ -985,8 +988,13 @@ def looks_like(model, state, form):
         wanted = [(k, v) for k, v in other.state_dict().items() if k.startswith("encoder.")]
         hits = sum(k in names and all(n in state for n in names[k]) and fits(names[k], state, v) for k, v in wanted)
         return 2 * hits - len(wanted)                           # the row that explains most and lacks least
+    rows = [name for name in MODELS if re.match(form.rows, name)]
+    if form.keys is None:           # any row may be meant; its blocks are easily counted
+        blocks = {m[0] for m in map(re.compile(r"encoder\.stages\.\d\.blocks\.\d+").match, state) if m}
+        depths = tuple(sum(b.startswith(f"encoder.stages.{i}") for b in blocks) for i in range(4))
+        rows = [name for name in rows if SIZES[MODELS[name].size].depths == depths]
     with torch.device("meta"):
-        scores = {name: score(build(name, model.task)) for name in MODELS if re.match(form.rows, name)}
+        scores = {name: score(build(name, model.task)) for name in rows} or {"": 0}
     best = max(scores, key=scores.get)
     return f"; it looks like {best}" if scores[best] > max(0, score(model)) else ""
 
@@ -998,15 +1006,14 @@ def export_pretrained(model, path, format=None, classes=None):
     a .pth file with a flat dict; format: the name of one of FORMATS, by default the first that is for such a row
     and has a name for each of its tensors; classes: names for the hub's config. Errors: UserError.
     """
-    forms = [f for f in FORMATS[1:] if re.match(f.rows, model.spec.name)] if format is None else [f for f in FORMATS if f.name == format]
+    forms = [f for f in FORMATS if (f.keys and re.match(f.rows, model.spec.name) if format is None else f.name == format)]
     if not forms:
         raise UserError(f"format {format!r} is not known; choose from: {', '.join(f.name for f in FORMATS)}")
-    nameless = {form.name: [key for key in model.state_dict() if key not in names] for form in forms for names in [form.names(model)]}
-    form = min(forms, key=lambda form: len(nameless[form.name]))
-    if nameless[form.name]:
-        raise UserError(f"{form.name} has no name for {len(nameless[form.name])} tensors of {model.spec}{example(nameless[form.name])}; "
+    names_of, form = max(((f.names(model), f) for f in forms), key=lambda pair: len(pair[0]))       # of equals the first
+    if nameless := [key for key in model.state_dict() if key not in names_of]:
+        raise UserError(f"{form.name} has no name for {len(nameless)} tensors of {model.spec}{example(nameless)}; "
                         "models.save_checkpoint keeps any model")
-    state, names_of = {}, form.names(model)
+    state = {}
     for key, value in model.state_dict().items():
         state |= zip(names_of[key], form.write(key, value.cpu(), len(names_of[key])))
     if form.name == "Hugging Face SegFormer":
@@ -1022,10 +1029,11 @@ def write_hub_directory(folder, model, state, classes):
     config = {
         "model_type": "segformer",
         "architectures": ["SegformerForSemanticSegmentation" if model.task == "seg" else "SegformerForImageClassification"],
-        "num_channels": 3, "num_encoder_blocks": 4, "depths": size.depths, "hidden_sizes": size.dims, "num_attention_heads": size.heads,
-        "sr_ratios": size.reductions, "mlp_ratios": size.ratios, "patch_sizes": [7, 3, 3, 3], "strides": [4, 2, 2, 2], "hidden_act": "gelu",
-        "decoder_hidden_size": size.width, "drop_path_rate": size.drop_path[model.task == "seg"], "classifier_dropout_prob": 0.1,
-        "layer_norm_eps": size.eps, "reshape_last_stage": True, "semantic_loss_ignore_index": 255, "torch_dtype": "float32",
+        "num_channels": 3, "num_encoder_blocks": 4, "depths": size.depths, "hidden_sizes": size.dims,
+        "num_attention_heads": size.heads, "sr_ratios": size.reductions, "mlp_ratios": size.ratios, "patch_sizes": [7, 3, 3, 3],
+        "strides": [4, 2, 2, 2], "decoder_hidden_size": size.width, "hidden_act": "gelu", "layer_norm_eps": size.eps,
+        "drop_path_rate": size.drop_path[model.task == "seg"], "classifier_dropout_prob": 0.1, "reshape_last_stage": True,
+        "semantic_loss_ignore_index": 255, "torch_dtype": "float32",
         "id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)},
     }
     try:
