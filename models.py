@@ -309,6 +309,8 @@ def build(name, task="seg", num_classes=None, drop_path=None, **slots):
         head = head(size.dims, num_classes, head_width(spec), size.rank)
     else:
         head = layers.Classifier(size.dims[-1], num_classes)
+        nn.init.normal_(head.fc.weight, std=0.02)           # as every family has it
+        nn.init.zeros_(head.fc.bias)
     model = Model(spec, task, num_classes, Encoder(stages, smallest_image(spec)), head)
     init_encoder(model.encoder, *INIT[size.init])
     return model
@@ -361,7 +363,7 @@ def init_encoder(encoder, linear, conv):
     for m in encoder.modules():
         if isinstance(m, (nn.Conv1d, nn.Conv2d)):
             std = linear if isinstance(m, (layers.Pointwise, nn.Conv1d)) else conv
-            if std is not None:
+            if std is not None and not m.weight.is_meta:        # slow there, and for nothing
                 nn.init.normal_(m.weight, std=std(m))
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
@@ -431,14 +433,19 @@ def parameter_groups(model, lr, weight_decay, head_lr_factor=10.0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict of tensors and primitives; a reader, or a crash, sees the old file or the whole new one, never a part."""
+    """Write a dict of tensors and primitives, atomically."""
     buffer = io.BytesIO()           # torch.save straight to a full disk fails without saying why; one write() does say
     torch.save(checkpoint, buffer)
+    write_file(path, [buffer.getbuffer()])
+
+
+def write_file(path, parts):
+    """Write bytes; a reader, or a crash, sees the old file or the whole new one, never a part."""
     path = pathlib.Path(path)
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -446,7 +453,7 @@ def save_checkpoint(path, checkpoint):
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
-        raise UserError(f"{path}: cannot write the checkpoint ({error.strerror}); the previous one, if any, is untouched")
+        raise UserError(f"{path}: cannot be written ({error.strerror}); the previous one, if any, is untouched")
 
 
 def read_checkpoint(path):
@@ -491,6 +498,19 @@ def _tensors(tree):
 
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
                "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def write_safetensors(path, state):
+    """The same format the other way round: large elements first, so that each lies at a multiple of its size."""
+    state = dict(sorted(state.items(), key=lambda entry: -entry[1].element_size()))
+    words, header, end = {dtype: word for word, dtype in SAFETENSORS.items()}, {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in state.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": words[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    write_file(path, [len(header).to_bytes(8, "little"), header,
+                      *(tensor.flatten().view(torch.uint8).numpy() for tensor in state.values())])
 
 
 def read_safetensors(path):
@@ -544,18 +564,19 @@ def read_safetensors(path):
 # Public weights: key maps, ours on the left and theirs on the right, read both ways
 # ---------------------------------------------------------------------------------------------------------------------
 
-# A row is "ours theirs"; what follows the matched part of a name is the same in both. Numbers in our names: {i} stage, {j}
-# block or other position, {n} any. In theirs besides: {h} = i - 1, {I} = i + 1, {II} = i + 2, {J2} = 2j, {R} = 8, 4, 2, {k}: position
-# of the block over all stages (without j: of the stage's first). "a + b": two tensors that we hold as one, stacked along the first axis.
+# A row is "ours theirs", modules or tensors; a last part (.weight, .bias, ...) is the same in both. In our names: {i} stage, {j}
+# block or other position, {n} any number, {a|b} one of these words. In theirs: the same, {x} the word, and {h} = i - 1, {I} = i + 1,
+# {II} = i + 2, {E} = 2i, {O} = 2i + 1, {J2} = 2j, {R} = 8, 4, 2, {k}: position of the block over all stages (without j: of the
+# stage's first). "a + b": two tensors that we hold as one, stacked along the first axis. The first row that fits counts.
 MIT = """
-    encoder.stages.{i}.embed.conv                   patch_embed{I}.proj
-    encoder.stages.{i}.embed.norm                   patch_embed{I}.norm
-    encoder.stages.{i}.blocks.{j}.attn.norm         block{I}.{j}.norm1
-    encoder.stages.{i}.blocks.{j}.attn.branch       block{I}.{j}.attn
-    encoder.stages.{i}.blocks.{j}.ffn.norm          block{I}.{j}.norm2
-    encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv block{I}.{j}.mlp.dwconv.dwconv
-    encoder.stages.{i}.blocks.{j}.ffn.branch        block{I}.{j}.mlp
-    encoder.stages.{i}.norm                         norm{I}
+    encoder.stages.{i}.embed.conv                                   patch_embed{I}.proj
+    encoder.stages.{i}.embed.norm                                   patch_embed{I}.norm
+    encoder.stages.{i}.blocks.{j}.attn.norm                         block{I}.{j}.norm1
+    encoder.stages.{i}.blocks.{j}.attn.branch.{q|kv|sr|norm|proj}   block{I}.{j}.attn.{x}
+    encoder.stages.{i}.blocks.{j}.ffn.norm                          block{I}.{j}.norm2
+    encoder.stages.{i}.blocks.{j}.ffn.branch.{fc1|fc2}              block{I}.{j}.mlp.{x}
+    encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv                 block{I}.{j}.mlp.dwconv.dwconv
+    encoder.stages.{i}.norm                                         norm{I}
 """
 HF_SEGFORMER = """
     encoder.stages.{i}.embed.conv                   segformer.encoder.patch_embeddings.{i}.proj
@@ -573,10 +594,8 @@ HF_SEGFORMER = """
     encoder.stages.{i}.norm                         segformer.encoder.layer_norm.{i}
 """
 LITE = """
-    encoder.stages.{i}.blocks.{j}.attn.norm1                segformer.encoder.block.{i}.{j}.layer_norm_11
-    encoder.stages.{i}.blocks.{j}.attn.norm2                segformer.encoder.block.{i}.{j}.layer_norm_12
-    encoder.stages.{i}.blocks.{j}.ffn.norm1                 segformer.encoder.block.{i}.{j}.layer_norm_21
-    encoder.stages.{i}.blocks.{j}.ffn.norm2                 segformer.encoder.block.{i}.{j}.layer_norm_22
+    encoder.stages.{i}.blocks.{j}.attn.norm{n}              segformer.encoder.block.{i}.{j}.layer_norm_1{n}
+    encoder.stages.{i}.blocks.{j}.ffn.norm{n}               segformer.encoder.block.{i}.{j}.layer_norm_2{n}
     encoder.stages.{i}.blocks.{j}.attn.branch.kv            segformer.encoder.block.{i}.{j}.attention.self.kv
     encoder.stages.{i}.blocks.{j}.attn.branch.queries       segformer.encoder.block.{i}.{j}.attention.self.query
     encoder.stages.{i}.blocks.{j}.attn.branch.keys          segformer.encoder.block.{i}.{j}.attention.self.key
@@ -589,51 +608,79 @@ LITE = """
     encoder.stages.{i}.blocks.{j}.ffn.branch.fc2            segformer.encoder.block.{i}.{j}.mlp.conv2
 """ + HF_SEGFORMER
 MSCAN = """
-    encoder.stages.0.embed.0.conv                           patch_embed1.proj.0
-    encoder.stages.0.embed.0.norm                           patch_embed1.proj.1
-    encoder.stages.0.embed.1.conv                           patch_embed1.proj.3
-    encoder.stages.0.embed.1.norm                           patch_embed1.proj.4
-    encoder.stages.{i}.embed.0.conv                         patch_embed{I}.proj
-    encoder.stages.{i}.embed.0.norm                         patch_embed{I}.norm
-    encoder.stages.{i}.blocks.{j}.attn.scale                block{I}.{j}.layer_scale_1
-    encoder.stages.{i}.blocks.{j}.attn.branch.local         block{I}.{j}.attn.spatial_gating_unit.conv0
-    encoder.stages.{i}.blocks.{j}.attn.branch.strips.{n}.0  block{I}.{j}.attn.spatial_gating_unit.conv{n}_1
-    encoder.stages.{i}.blocks.{j}.attn.branch.strips.{n}.1  block{I}.{j}.attn.spatial_gating_unit.conv{n}_2
-    encoder.stages.{i}.blocks.{j}.attn.branch.mix           block{I}.{j}.attn.spatial_gating_unit.conv3
-    encoder.stages.{i}.blocks.{j}.ffn.scale                 block{I}.{j}.layer_scale_2
-""" + MIT
+    encoder.stages.0.embed.0.conv                               patch_embed1.proj.0
+    encoder.stages.0.embed.0.norm                               patch_embed1.proj.1
+    encoder.stages.0.embed.1.conv                               patch_embed1.proj.3
+    encoder.stages.0.embed.1.norm                               patch_embed1.proj.4
+    encoder.stages.{i}.embed.0.conv                             patch_embed{I}.proj
+    encoder.stages.{i}.embed.0.norm                             patch_embed{I}.norm
+    encoder.stages.{i}.blocks.{j}.attn.norm                     block{I}.{j}.norm1
+    encoder.stages.{i}.blocks.{j}.attn.scale                    block{I}.{j}.layer_scale_1
+    encoder.stages.{i}.blocks.{j}.attn.branch.{proj_1|proj_2}   block{I}.{j}.attn.{x}
+    encoder.stages.{i}.blocks.{j}.attn.branch.local             block{I}.{j}.attn.spatial_gating_unit.conv0
+    encoder.stages.{i}.blocks.{j}.attn.branch.strips.{n}.0      block{I}.{j}.attn.spatial_gating_unit.conv{n}_1
+    encoder.stages.{i}.blocks.{j}.attn.branch.strips.{n}.1      block{I}.{j}.attn.spatial_gating_unit.conv{n}_2
+    encoder.stages.{i}.blocks.{j}.attn.branch.mix               block{I}.{j}.attn.spatial_gating_unit.conv3
+    encoder.stages.{i}.blocks.{j}.ffn.norm                      block{I}.{j}.norm2
+    encoder.stages.{i}.blocks.{j}.ffn.scale                     block{I}.{j}.layer_scale_2
+    encoder.stages.{i}.blocks.{j}.ffn.branch.{fc1|fc2}          block{I}.{j}.mlp.{x}
+    encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv             block{I}.{j}.mlp.dwconv.dwconv
+    encoder.stages.{i}.norm                                     norm{I}
+"""
 NEXT_VIT = """
-    encoder.stages.0.embed.4                                features.0.patch_embed
-    encoder.stages.0.embed.{n}                              stem.{n}
-    encoder.stages.{i}.embed.1                              features.{k}.patch_embed
-    encoder.stages.{i}.blocks.{j}.patch_embed.0             features.{k}.patch_embed
-    encoder.stages.{i}.blocks.{j}.mhca.group_conv.conv      features.{k}.mhca.group_conv3x3
-    encoder.stages.{i}.blocks.{j}.mhca.group_conv.norm      features.{k}.mhca.norm
-    encoder.stages.{i}.blocks.{j}.mlp_norm                  features.{k}.norm
-    encoder.stages.{i}.blocks.{j}.attn                      features.{k}.e_mhsa
-    encoder.stages.{i}.blocks.{j}.mlp.fc1                   features.{k}.mlp.conv1
-    encoder.stages.{i}.blocks.{j}.mlp.fc2                   features.{k}.mlp.conv2
-    encoder.stages.{i}.blocks.{j}                           features.{k}
-    encoder.stages.3.norm                                   norm
-    encoder.stages.{i}.norm                                 extra_norm_list.{i}
+    encoder.stages.0.embed.4.{conv|norm}                        features.{k}.patch_embed.{x}
+    encoder.stages.0.embed.{n}.{conv|norm}                      stem.{n}.{x}
+    encoder.stages.{i}.embed.1.{conv|norm}                      features.{k}.patch_embed.{x}
+    encoder.stages.{i}.blocks.{j}.patch_embed.0.{conv|norm}     features.{k}.patch_embed.{x}
+    encoder.stages.{i}.blocks.{j}.mhca.group_conv.conv          features.{k}.mhca.group_conv3x3
+    encoder.stages.{i}.blocks.{j}.mhca.group_conv.norm          features.{k}.mhca.norm
+    encoder.stages.{i}.blocks.{j}.mhca.projection               features.{k}.mhca.projection
+    encoder.stages.{i}.blocks.{j}.{norm1|norm2}                 features.{k}.{x}
+    encoder.stages.{i}.blocks.{j}.attn.{q|k|v|proj|norm}        features.{k}.e_mhsa.{x}
+    encoder.stages.{i}.blocks.{j}.projection.{conv|norm}        features.{k}.projection.{x}
+    encoder.stages.{i}.blocks.{j}.mlp_norm                      features.{k}.norm
+    encoder.stages.{i}.blocks.{j}.mlp.fc1                       features.{k}.mlp.conv1
+    encoder.stages.{i}.blocks.{j}.mlp.fc2                       features.{k}.mlp.conv2
+    encoder.stages.3.norm                                       norm
+    encoder.stages.{i}.norm                                     extra_norm_list.{i}
 """
 SWIN = """
-    encoder.stages.0.embed                          patch_embed
-    encoder.stages.{i}.embed                        layers.{h}.downsample
-    encoder.stages.{i}.blocks.{j}.attn.norm         layers.{i}.blocks.{j}.norm1
-    encoder.stages.{i}.blocks.{j}.attn.branch       layers.{i}.blocks.{j}.attn
-    encoder.stages.{i}.blocks.{j}.ffn.norm          layers.{i}.blocks.{j}.norm2
-    encoder.stages.{i}.blocks.{j}.ffn.branch        layers.{i}.blocks.{j}.mlp
-    encoder.stages.{i}.norm                         norm{i}
+    encoder.stages.0.embed.proj                                 patch_embed.proj
+    encoder.stages.0.embed.norm                                 patch_embed.norm
+    encoder.stages.{i}.embed.{norm|reduction}                   layers.{h}.downsample.{x}
+    encoder.stages.{i}.blocks.{j}.attn.norm                     layers.{i}.blocks.{j}.norm1
+    encoder.stages.{i}.blocks.{j}.attn.branch.{qkv|proj|relative_position_bias_table}   layers.{i}.blocks.{j}.attn.{x}
+    encoder.stages.{i}.blocks.{j}.ffn.norm                      layers.{i}.blocks.{j}.norm2
+    encoder.stages.{i}.blocks.{j}.ffn.branch.fc1                layers.{i}.blocks.{j}.mlp.fc1
+    encoder.stages.{i}.blocks.{j}.ffn.branch.fc2                layers.{i}.blocks.{j}.mlp.fc2
+    encoder.stages.{i}.norm                                     norm{i}
 """
 DEST = """
-    encoder.stages.{i}.blocks.{j}.attn.branch.sr.conv       block{I}.{j}.attn.sr
-    encoder.stages.{i}.blocks.{j}.attn.branch.sr.norm       block{I}.{j}.attn.norm
-    encoder.stages.{i}.blocks.{j}.ffn.branch.fc1.conv       block{I}.{j}.mlp.fc1
-    encoder.stages.{i}.blocks.{j}.ffn.branch.fc1.norm       block{I}.{j}.mlp.norm1
-    encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv.conv    block{I}.{j}.mlp.dwconv.dwconv
-    encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv.norm    block{I}.{j}.mlp.norm2
-""" + MIT
+    encoder.stages.{i}.embed.conv                               patch_embed{I}.proj
+    encoder.stages.{i}.embed.norm                               patch_embed{I}.norm
+    encoder.stages.{i}.blocks.{j}.attn.norm                     block{I}.{j}.norm1
+    encoder.stages.{i}.blocks.{j}.attn.branch.{q|k|proj}        block{I}.{j}.attn.{x}
+    encoder.stages.{i}.blocks.{j}.attn.branch.sr.conv           block{I}.{j}.attn.sr
+    encoder.stages.{i}.blocks.{j}.attn.branch.sr.norm           block{I}.{j}.attn.norm
+    encoder.stages.{i}.blocks.{j}.ffn.norm                      block{I}.{j}.norm2
+    encoder.stages.{i}.blocks.{j}.ffn.branch.fc1.conv           block{I}.{j}.mlp.fc1
+    encoder.stages.{i}.blocks.{j}.ffn.branch.fc1.norm           block{I}.{j}.mlp.norm1
+    encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv.conv        block{I}.{j}.mlp.dwconv.dwconv
+    encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv.norm        block{I}.{j}.mlp.norm2
+    encoder.stages.{i}.blocks.{j}.ffn.branch.fc2                block{I}.{j}.mlp.fc2
+"""
+# Dialects of a table: (theirs there, theirs here), one after another
+PVT_V2_TIMM = (("patch_embed{I}", "stages.{i}.downsample"), ("block{I}", "stages.{i}.blocks"), ("norm{I}", "stages.{i}.norm"),
+               ("dwconv.dwconv", "dwconv"))
+MSCAN_MMSEG = (("dwconv.dwconv", "dwconv"),)
+NEXT_VIT_TIMM = (("features.{k}", "stages.{i}.blocks.{j}"), ("mlp.conv", "mlp.fc"))
+SWIN_TIMM = (("layers.{h}", "layers.{i}"),)
+SWIN_TORCHVISION = (("patch_embed.proj", "features.0.0"), ("patch_embed.norm", "features.0.2"),
+                    ("layers.{h}.downsample", "features.{E}"), ("layers.{i}.blocks", "features.{O}"),
+                    ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"))
+SWIN_MMSEG = (("patch_embed.proj", "patch_embed.projection"), ("layers", "stages"), ("attn.", "attn.w_msa."),
+              ("mlp.fc1", "ffn.layers.0.0"), ("mlp.fc2", "ffn.layers.1"))
+DEST_SEG = (("norm1", "bn1"), ("norm2", "bn2"), ("norm", "bn1"))
 MMSEG_HEADS = {      # also the names of the authors' own releases, most of which are built on mmsegmentation
     "mlp": """
         head.projections.{i}        decode_head.linear_c{I}.proj
@@ -659,28 +706,24 @@ MMSEG_HEADS = {      # also the names of the authors' own releases, most of whic
         head.classifier             decode_head.conv_seg
     """,
     "lawin": """
-        head.projections.{i}            decode_head.linear_c{II}.proj
-        head.fuse.conv                  decode_head.linear_fuse.conv
-        head.fuse.norm                  decode_head.linear_fuse.bn
-        head.short_path.norm            decode_head.short_path.bn
-        head.image_pool.conv            decode_head.image_pool.1.conv
-        head.image_pool.norm            decode_head.image_pool.1.bn
-        head.attentions.{i}.down.0.conv     decode_head.ds_{R}.0.proj.depthwise_conv.conv
-        head.attentions.{i}.down.0.norm     decode_head.ds_{R}.0.proj.depthwise_conv.bn
-        head.attentions.{i}.down.1.conv     decode_head.ds_{R}.0.proj.pointwise_conv.conv
-        head.attentions.{i}.down.1.norm     decode_head.ds_{R}.0.proj.pointwise_conv.bn
-        head.attentions.{i}.mixing          decode_head.lawin_{R}.0.position_mixing
-        head.attentions.{i}.theta           decode_head.lawin_{R}.0.theta.conv
-        head.attentions.{i}.phi             decode_head.lawin_{R}.0.phi.conv
-        head.attentions.{i}.g               decode_head.lawin_{R}.0.g.conv
-        head.attentions.{i}.out.conv        decode_head.lawin_{R}.0.conv_out.conv
-        head.attentions.{i}.out.norm        decode_head.lawin_{R}.0.conv_out.bn
-        head.attentions.{i}.norm            decode_head.lawin_{R}.0.norm
-        head.cat.norm                   decode_head.cat.bn
-        head.low_level_fuse.norm        decode_head.low_level_fuse.bn
-        head.low_level                  decode_head.linear_c1.proj
-        head.classifier                 decode_head.linear_pred
-        head                            decode_head
+        head.projections.{i}                            decode_head.linear_c{II}.proj
+        head.fuse.conv                                  decode_head.linear_fuse.conv
+        head.fuse.norm                                  decode_head.linear_fuse.bn
+        head.{short_path|cat|low_level_fuse}.conv       decode_head.{x}.conv
+        head.{short_path|cat|low_level_fuse}.norm       decode_head.{x}.bn
+        head.image_pool.conv                            decode_head.image_pool.1.conv
+        head.image_pool.norm                            decode_head.image_pool.1.bn
+        head.attentions.{i}.down.0.conv                 decode_head.ds_{R}.0.proj.depthwise_conv.conv
+        head.attentions.{i}.down.0.norm                 decode_head.ds_{R}.0.proj.depthwise_conv.bn
+        head.attentions.{i}.down.1.conv                 decode_head.ds_{R}.0.proj.pointwise_conv.conv
+        head.attentions.{i}.down.1.norm                 decode_head.ds_{R}.0.proj.pointwise_conv.bn
+        head.attentions.{i}.mixing                      decode_head.lawin_{R}.0.position_mixing
+        head.attentions.{i}.{theta|phi|g}               decode_head.lawin_{R}.0.{x}.conv
+        head.attentions.{i}.out.conv                    decode_head.lawin_{R}.0.conv_out.conv
+        head.attentions.{i}.out.norm                    decode_head.lawin_{R}.0.conv_out.bn
+        head.attentions.{i}.norm                        decode_head.lawin_{R}.0.norm
+        head.low_level                                  decode_head.linear_c1.proj
+        head.classifier                                 decode_head.linear_pred
     """,
 }
 MMSEG_HEADS |= {"mlp_concat": MMSEG_HEADS["mlp"], "lawin_sum": MMSEG_HEADS["lawin"]}
@@ -691,82 +734,140 @@ HF_HEADS = {
         head.fuse.norm              decode_head.batch_norm
         head.classifier             decode_head.classifier
     """,
-    "light_ham": """
-        head.squeeze                decode_head.squeeze.conv
-        head.classifier             decode_head.classifier.1
-    """,
     "cls": "head.fc classifier",
 }
 HF_HEADS["mlp_concat"] = HF_HEADS["mlp"]
+LITE_HEADS = HF_HEADS | {"light_ham": "head.squeeze decode_head.squeeze.conv\n head.classifier decode_head.classifier.1"}
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way of naming tensors. keys: the encoder's rows, or None where the names are ours; heads: rows for each word of --head
-    and for "cls", which go first; prefix: of the encoder inside a segmentor's file; changes: (old, new) in the finished names;
-    dead: names that the files carry and no forward pass uses; fresh: ours that such files never have."""
+    """A way of naming tensors; keys None: our own.
+
+    keys: the encoder's rows; heads: rows for each word of --head and for "cls", which go first; prefix: of the encoder in a
+    segmentor's file; dialect: changes of theirs in keys; rows: the names of the models that it is for; dead: names that the
+    files carry and no forward pass uses; fresh: ours that such files never have; linear: our 1x1 convolutions that are
+    Linear layers there (conv1d: Conv1d); unfold: ours whose channels they have in nn.Unfold's order.
+    """
     name: str
     keys: str | None = None
     heads: dict = field(default_factory=dict)
     prefix: str = ""
-    changes: tuple = ()
+    dialect: tuple = ()
+    rows: str = ""
     dead: str = r"$^"
     fresh: str = r"$^"
+    linear: str = r"\.(q|kv|proj|fc1|fc2|qkv|reduction|projections\.\d|low_level)$"
+    conv1d: bool = False
+    unfold: str = r"$^"
 
     def names(self, model):
         """{our name of a tensor: the list of theirs} (more than one: stacked) for what this format has of the model."""
         if self.keys is None:
             return {key: [key] for key in model.state_dict()}
         head = self.heads.get("cls" if model.task == "cls" else model.spec.head, "")
+        rows = key_rows(head) + key_rows(self.keys, self.dialect)
         depths = SIZES[model.spec.size].depths
         names = {}
         for key in model.state_dict():
-            for ours, theirs in key_rows(head + self.keys):
+            for ours, theirs in rows:
                 if match := ours.match(key):
                     names[key] = [self.finish(key, part, match, depths) for part in theirs]
                     break
         return names
 
     def finish(self, key, part, match, depths):
-        n = {name: int(value) for name, value in match.groupdict().items()}
+        n = {name: value if name == "x" else int(value) for name, value in match.groupdict().items()}
         i, j = n.get("i", 0), n.get("j", 0)
-        name = part.format(**n, h=i - 1, I=i + 1, II=i + 2, J2=2 * j, k=sum(depths[:i]) + j, R=8 >> i)
-        name = (self.prefix if key.startswith("encoder.") else "") + name + key[match.end():]
-        for old, new in self.changes:
-            name = re.sub(old, new, name)
-        return name
+        n = {"i": i, "j": j, "h": i - 1, "I": i + 1, "II": i + 2, "E": 2 * i, "O": 2 * i + 1, "J2": 2 * j,
+             "k": sum(depths[:i]) + j, "R": 8 >> i} | n
+        return (self.prefix if key.startswith("encoder.") else "") + part.format(**n) + key[match.end():]
+
+    def recognised(self, state):
+        """How many of a file's names are this format's, of any encoder."""
+        pattern = re.escape(self.prefix) + their_names(self.keys, self.dialect) if self.keys else r"encoder\.stages\.\d\."
+        return sum(re.match(pattern, name) is not None for name in state)
+
+    def read(self, key, tensors):
+        """Their tensors -> ours, up to axes of size 1."""
+        value = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        if re.search(self.unfold, key):                             # (C, row, column) -> (column, row, C)
+            value = value.reshape(*value.shape[:-1], -1, 2, 2).transpose(-3, -1).flatten(-3)
+        return value
+
+    def write(self, key, value, count):
+        """Our tensor -> `count` of theirs."""
+        if re.search(self.linear, key.removesuffix(".weight")) and value.shape[2:] == (1, 1):
+            value = value.flatten(2) if self.conv1d else value.flatten(1)
+        if re.search(self.unfold, key):
+            value = value.reshape(*value.shape[:-1], 2, 2, -1).transpose(-3, -1).flatten(-3)
+        return [part.contiguous() for part in (value.chunk(count) if count > 1 else [value])]
+
+
+LEAF = r"(?=(\.[a-z_]+)?$)"         # what may follow a row: weight, running_mean, ..., or nothing
 
 
 @lru_cache
-def key_rows(table):
+def key_rows(table, dialect=()):
     """The rows of a key map: (pattern of our name, their parts)."""
     rows = []
     for line in filter(str.strip, table.splitlines()):
         ours, theirs = line.split(maxsplit=1)
-        pattern = re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(ours))
-        rows.append((re.compile(pattern + r"(?=\.|$)"), [part.strip() for part in theirs.split(" + ")]))
+        for old, new in dialect:
+            theirs = theirs.replace(old, new)
+        pattern = re.sub(r"{(\w+)}", r"(?P<\1>\\d+)", ours.replace(".", r"\."))
+        rows.append((re.compile(re.sub(r"{(.*?)}", r"(?P<x>\1)", pattern) + LEAF), theirs.split(" + ")))
     return rows
 
 
+@lru_cache
+def their_names(table, dialect):
+    """A pattern of all their names in a key map."""
+    names = []
+    for ours, theirs in key_rows(table, dialect):
+        words = re.search(r"<x>(.*?)\)", ours.pattern)
+        for part in theirs:
+            part = part.replace(".", r"\.").replace("{x}", f"({words and words[1]})").replace("{h}", "[0-2]")
+            names.append(re.sub(r"{\w+}", r"\\d+", part))
+    return f"({'|'.join(names)}){LEAF}"
+
+
 CLS = {"cls": "head.fc head"}
-SEG = dict(heads=MMSEG_HEADS, prefix="backbone.", dead=r"decode_head\.conv_seg\.")
-BN_NAMES = ((r"patch_embed(\d)\.norm", r"patch_embed\1.bn1"), (r"(attn)\.norm\.", r"\1.bn1."), (r"\.norm(\d)\.", r".bn\1."))
-FORMATS = [
+TIMM_STEM = "encoder.stages.0.embed.conv patch_embed.proj\n encoder.stages.0.embed.norm patch_embed.norm"
+CLS_SWIN = {"cls": "encoder.stages.3.norm norm\n head.fc head"}
+MIT_ROWS = dict(rows="segformer|pvt_v2|lawin")
+MSCAN_KIND = dict(rows="segnext", linear=r"$^")
+NEXT_KIND = dict(rows="nextvit|lite_hybrid", linear=r"attn\.(q|k|v|proj)$")
+NEXT_FRESH = dict(fresh=r"encoder\.stages\.[012]\.norm\.", dead=r"extra_norm_list\.3\.|proj_head\.")
+DEST_KIND = dict(rows="dest", linear=r"\.(q|k|proj|fc1\.conv|fc2)$", conv1d=True)
+SWIN_INDEX = r".*\.(relative_position_index|attn_mask)$"
+# classification has one norm at the end, segmentation one on each map: a file of one task has no norms for the other
+SWIN_CLS = dict(rows="swin", fresh=r"encoder\.stages\.\d\.norm\.", dead=SWIN_INDEX + r"|norm\.")
+SWIN_SEG = dict(rows="swin", dead=SWIN_INDEX + r"|backbone\.norm[012]\.")
+UNFOLD = dict(unfold=r"stages\.[123]\.embed\.")
+FORMATS = [     # of two that fit equally well, the first
     Format("own checkpoint"),
-    Format("SegFormer / PVTv2 encoder", MIT, CLS),                  # NVlabs' and PVTv2's files have the same names
-    Format("SegFormer / PVTv2 / Lawin segmentor", MIT, **SEG),
-    Format("Hugging Face SegFormer", HF_SEGFORMER, HF_HEADS),
-    Format("original project", LITE, HF_HEADS),
-    Format("MSCAN encoder", MSCAN, CLS),
-    Format("SegNeXt segmentor", MSCAN, MMSEG_HEADS, "backbone."),
-    Format("Next-ViT encoder", NEXT_VIT, {"cls": "head.fc proj_head.0"}, dead=r"extra_norm_list\.3\.|proj_head\.",
-           fresh=r"encoder\.stages\.[012]\.norm\."),
-    Format("Next-ViT segmentor", NEXT_VIT, MMSEG_HEADS, "backbone.", dead=r"backbone\.(extra_norm_list\.3|proj_head)\."),
-    Format("Swin encoder", SWIN, {"cls": "encoder.stages.3.norm norm\n head.fc head"}, dead=r".*\.(relative_position_index|attn_mask)$",
-           fresh=r"encoder\.stages\.\d\.norm\."),
-    Format("DEST depth encoder", DEST, CLS),
-    Format("DEST encoder", DEST, CLS, changes=BN_NAMES),
-    Format("DEST segmentor", DEST, prefix="backbone.", changes=BN_NAMES),
+    Format("Hugging Face SegFormer", HF_SEGFORMER, HF_HEADS, rows="segformer"),
+    Format("original project", LITE, LITE_HEADS, rows="lite|segformer", linear=r"\.(q|kv|proj|projections\.\d)$"),
+    Format("SegFormer / PVTv2 encoder", MIT, CLS, **MIT_ROWS),         # NVlabs' and PVTv2's files have the same names
+    Format("SegFormer / PVTv2 / Lawin segmentor", MIT, MMSEG_HEADS, "backbone.", dead=r"decode_head\.conv_seg\.", **MIT_ROWS),
+    Format("timm PVTv2", TIMM_STEM + MIT, CLS, dialect=PVT_V2_TIMM, rows="pvt_v2"),
+    Format("MSCAN encoder", MSCAN, CLS, **MSCAN_KIND),
+    Format("SegNeXt segmentor", MSCAN, MMSEG_HEADS, "backbone.", **MSCAN_KIND),
+    Format("mmsegmentation MSCAN encoder", MSCAN, CLS, dialect=MSCAN_MMSEG, **MSCAN_KIND),
+    Format("mmsegmentation SegNeXt", MSCAN, MMSEG_HEADS, "backbone.", MSCAN_MMSEG, **MSCAN_KIND),
+    Format("Next-ViT encoder", NEXT_VIT, {"cls": "head.fc proj_head.0"}, **NEXT_KIND, **NEXT_FRESH),
+    Format("Next-ViT segmentor", NEXT_VIT, MMSEG_HEADS, "backbone.", **NEXT_KIND, dead=r"backbone\.(extra_norm_list\.3|proj_head)\."),
+    Format("timm Next-ViT", NEXT_VIT, {"cls": "head.fc head.fc"}, dialect=NEXT_VIT_TIMM, **NEXT_KIND, **NEXT_FRESH),
+    Format("Swin encoder", SWIN, CLS_SWIN, **SWIN_CLS),
+    Format("Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", **SWIN_SEG),
+    Format("timm Swin", SWIN, {"cls": "encoder.stages.3.norm norm\n head.fc head.fc"}, dialect=SWIN_TIMM, **SWIN_CLS),
+    Format("torchvision Swin", SWIN, CLS_SWIN, dialect=SWIN_TORCHVISION, **SWIN_CLS),
+    Format("mmsegmentation Swin encoder", SWIN, CLS_SWIN, dialect=SWIN_MMSEG, **SWIN_CLS, **UNFOLD),
+    Format("mmsegmentation Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", SWIN_MMSEG, **SWIN_SEG, **UNFOLD),
+    Format("DEST depth encoder", DEST, CLS, **DEST_KIND),
+    Format("DEST encoder", DEST, CLS, dialect=DEST_SEG, **DEST_KIND),
+    Format("DEST segmentor", DEST, MMSEG_HEADS, "backbone.", DEST_SEG, **DEST_KIND),
 ]
 HEADS = re.compile(r"(head|classifier|decode_head|auxiliary_head|neck|proj_head)\.")      # of any file: may be left unread
 
@@ -840,11 +941,10 @@ def load_pretrained(model, source):
     then the model is as it was.
     """
     path, state = read_weights(source)
-    present = [sum(all(n in state for n in names) for names in form.names(model).values()) for form in FORMATS]
-    form = FORMATS[present.index(max(present))]
-    if not any(present):
-        raise UserError(f"{path}: none of its {len(state)} tensors ({', '.join(list(state)[:3])}, ...) belongs to {model.spec}; "
-                        f"known formats: {', '.join(f.name for f in FORMATS)}")
+    form = max(FORMATS, key=lambda form: form.recognised(state))
+    if not form.recognised(state):
+        raise UserError(f"{path}: none of its {len(state)} tensors ({', '.join(list(state)[:3])}, ...) has a name of a known "
+                        f"format; these are: {', '.join(f.name for f in FORMATS)}")
     report, values, used, misfits, names_of = Report(form.name), {}, set(), [], form.names(model)
     for key, target in model.state_dict().items():
         names = names_of.get(key)
@@ -854,7 +954,7 @@ def load_pretrained(model, source):
             continue
         used.update(names)
         if fits(names, state, target):
-            values[key] = torch.cat([state[n] for n in names]) if len(names) > 1 else state[names[0]]
+            values[key] = form.read(key, [state[n] for n in names])
         elif key.startswith(("head.classifier.", "head.fc.")) and state[names[0]].shape[1:].numel() == target.shape[1:].numel():
             report.fresh.append(key)                            # another class count
         else:
@@ -882,17 +982,66 @@ def example(names):
 
 
 def looks_like(model, state, form):
-    """"; it looks like NAME" for the row of MODELS whose encoder fits best, if that is another row than the model's."""
-    scores = {}
+    """"; it looks like NAME" for the row of MODELS whose encoder fits best, if that is better than the model's own."""
+    def score(other):
+        names = form.names(other)
+        wanted = [(k, v) for k, v in other.state_dict().items() if k.startswith("encoder.")]
+        hits = sum(k in names and all(n in state for n in names[k]) and fits(names[k], state, v) for k, v in wanted)
+        return 2 * hits - len(wanted)                           # the row that explains most and lacks least
+    rows = [name for name in MODELS if re.match(form.rows, name)]
+    if form.keys is None:           # any row may be meant; its blocks are easily counted
+        blocks = {m[0] for m in map(re.compile(r"encoder\.stages\.\d\.blocks\.\d+").match, state) if m}
+        depths = tuple(sum(b.startswith(f"encoder.stages.{i}") for b in blocks) for i in range(4))
+        rows = [name for name in rows if SIZES[MODELS[name].size].depths == depths]
     with torch.device("meta"):
-        for name in MODELS:
-            other = build(name, model.task)
-            names = form.names(other)
-            wanted = [(k, v) for k, v in other.state_dict().items() if k.startswith("encoder.")]
-            hits = sum(all(n in state for n in names[k]) and fits(names[k], state, v) for k, v in wanted if k in names)
-            scores[name] = hits - (len(wanted) - hits)          # the row that explains most and lacks least
+        scores = {name: score(build(name, model.task)) for name in rows} or {"": 0}
     best = max(scores, key=scores.get)
-    return f"; it looks like {best}" if scores[best] > 0 and best != str(model.spec) else ""
+    return f"; it looks like {best}" if scores[best] > max(0, score(model)) else ""
+
+
+def export_pretrained(model, path, format=None, classes=None):
+    """Write a model's weights under the names of a public format; load_pretrained reads them back.
+
+    path: a folder for "Hugging Face SegFormer" (config.json and model.safetensors, for transformers' from_pretrained), else
+    a .pth file with a flat dict; format: the name of one of FORMATS, by default the first that is for such a row
+    and has a name for each of its tensors; classes: names for the hub's config. Errors: UserError.
+    """
+    forms = [f for f in FORMATS if (f.keys and re.match(f.rows, model.spec.name) if format is None else f.name == format)]
+    if not forms:
+        raise UserError(f"format {format!r} is not known; choose from: {', '.join(f.name for f in FORMATS)}")
+    names_of, form = max(((f.names(model), f) for f in forms), key=lambda pair: len(pair[0]))       # of equals the first
+    if nameless := [key for key in model.state_dict() if key not in names_of]:
+        raise UserError(f"{form.name} has no name for {len(nameless)} tensors of {model.spec}{example(nameless)}; "
+                        "models.save_checkpoint keeps any model")
+    state = {}
+    for key, value in model.state_dict().items():
+        state |= zip(names_of[key], form.write(key, value.cpu(), len(names_of[key])))
+    if form.name == "Hugging Face SegFormer":
+        write_hub_directory(pathlib.Path(path), model, state, classes)
+    else:
+        save_checkpoint(path, state)
+
+
+def write_hub_directory(folder, model, state, classes):
+    """config.json and model.safetensors as transformers' SegFormer has them."""
+    size = SIZES[model.spec.size]
+    classes = classes or [f"LABEL_{i}" for i in range(model.num_classes)]
+    config = {
+        "model_type": "segformer",
+        "architectures": ["SegformerForSemanticSegmentation" if model.task == "seg" else "SegformerForImageClassification"],
+        "num_channels": 3, "num_encoder_blocks": 4, "depths": size.depths, "hidden_sizes": size.dims,
+        "num_attention_heads": size.heads, "sr_ratios": size.reductions, "mlp_ratios": size.ratios, "patch_sizes": [7, 3, 3, 3],
+        "strides": [4, 2, 2, 2], "decoder_hidden_size": size.width, "hidden_act": "gelu", "layer_norm_eps": size.eps,
+        "drop_path_rate": size.drop_path[model.task == "seg"], "classifier_dropout_prob": 0.1, "reshape_last_stage": True,
+        "semantic_loss_ignore_index": 255, "torch_dtype": "float32",
+        "id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)},
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made a folder ({error.strerror})")
+    write_safetensors(folder / "model.safetensors", state)
+    write_file(folder / "config.json", [json.dumps(config, indent=2).encode()])
 
 
 def restore(checkpoint):

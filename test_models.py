@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 
 import data
@@ -725,6 +726,307 @@ def test_equals_transformers_through_a_saved_directory(tmp_path):
     with torch.inference_mode():
         a, b = ours(x), theirs(pixel_values=x).logits
     assert (a - b).abs().max() < 1e-5 * b.square().mean().sqrt()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families: key maps and export
+# ---------------------------------------------------------------------------------------------------------------------
+
+def timm_model(name, **more):
+    return pytest.importorskip("timm").create_model(name, num_classes=21, **more)
+
+
+def torchvision_swin():
+    return torchvision.models.SwinTransformer([4, 4], 96, [2, 2, 2, 2], [3, 6, 12, 24], [7, 7], num_classes=21)
+
+
+# case: (row, depths, format, their model, the modules that give the four maps, sizes at which their code is right)
+STAGES = [f"stages.{i}" for i in range(4)]
+LIBRARIES = {
+    "pvt_v2": ("pvt_v2_b0", (2, 1, 1, 1), "timm PVTv2", lambda: timm_model("pvt_v2_b0", depths=(2, 1, 1, 1)), STAGES,
+               [(224, 224), (97, 130)]),
+    "pvt_v2_li": ("pvt_v2_b2_li", (1, 1, 2, 1), "timm PVTv2", lambda: timm_model("pvt_v2_b2_li", depths=(1, 1, 2, 1)), STAGES,
+                  [(224, 224), (97, 130)]),
+    "nextvit": ("nextvit_s", (1, 2, 5, 2), "timm Next-ViT", lambda: timm_model("nextvit_small", depths=(1, 2, 5, 2)),
+                STAGES[:3] + ["norm"], [(224, 224), (97, 130)]),
+    "swin": ("swin_t", (2, 2, 2, 2), "timm Swin", lambda: timm_model("swin_tiny_patch4_window7_224", depths=(2, 2, 2, 2)),
+             ["layers.0", "layers.1", "layers.2", "norm"], [(224, 224)]),          # elsewhere timm rolls before it pads
+    "swin_tv": ("swin_t", (2, 2, 2, 2), "torchvision Swin", torchvision_swin,
+                ["features.1", "features.3", "features.5", "norm"], [(224, 224), (260, 324)]),      # drops what 4 does not divide
+}
+
+
+def relative(a, b):
+    """Largest difference of a from b, relative to the root mean square of b."""
+    return ((a - b).abs().max() / b.square().mean().sqrt()).item()
+
+
+def table(family, form, oracle, single, double=None):
+    """One row for pytest -s: the largest difference in float32 and in float64."""
+    print(f"\n{family} | {form} | {oracle} | {single:.1e}" + (f" | {double:.1e}" if double is not None else ""), end="")
+
+
+def maps_of(model, modules, x):
+    """The outputs of some modules of a foreign model, (B, C, H, W), and its logits."""
+    maps, named = [], dict(model.named_modules())
+    hooks = [named[name].register_forward_hook(lambda module, inputs, out: maps.append(out)) for name in modules]
+    logits = model(x)
+    for hook in hooks:
+        hook.remove()
+    return [m if m.shape[2] == round(m.shape[3] * x.shape[2] / x.shape[3]) else m.permute(0, 3, 1, 2) for m in maps], logits
+
+
+@pytest.mark.parametrize("case", LIBRARIES)
+def test_families_equal_their_libraries(case, monkeypatch, tmp_path):
+    name, depths, form, make, modules, sizes = LIBRARIES[case]
+    theirs = make().eval()
+    weights = {k: fill(k, v.shape) if v.is_floating_point() else v for k, v in theirs.state_dict().items()}
+    theirs.load_state_dict(weights)
+    with_depths(monkeypatch, name, depths)
+    ours = models.build(name, "cls", 21).eval()
+    report = models.load_pretrained(ours, weights)
+    assert report.format == form and not report.missing and not report.fresh
+    assert report.loaded == list(ours.state_dict()) and not report.unexpected
+    for size in sizes:
+        pairs = []
+        for dtype in (torch.float32, torch.float64):                # the noise of float32 hides small mistakes
+            x = signal("image{}x{}".format(*size), (1, 3, *size)).to(dtype)
+            with torch.inference_mode():
+                maps, logits = maps_of(theirs.to(dtype), modules, x)
+                mine = ours.to(dtype).encoder(x)
+                pairs.append([*zip(mine, maps), (ours.head(mine), logits)])
+        single, double = (max(relative(a, b) for a, b in p) for p in pairs)
+        table(name, form, f"{form.split()[0]} {size[0]}x{size[1]}, features and logits", single, double)
+        assert single < 1e-3 and double < 1e-9
+    models.export_pretrained(ours.float(), tmp_path / "x.pth", form)
+    written = models.read_checkpoint(tmp_path / "x.pth")
+    assert all(torch.equal(v, weights[k]) for k, v in written.items())
+    assert all(k in written or k.endswith("relative_position_index") for k in weights)
+    for_seg = models.load_pretrained(models.build(name, "seg", 5), weights)
+    new = {"nextvit_s": ("encoder.stages.0.norm.", "encoder.stages.1.norm.", "encoder.stages.2.norm."), "swin_t": (
+        "encoder.stages.0.norm.", "encoder.stages.1.norm.", "encoder.stages.2.norm.", "encoder.stages.3.norm.")}
+    assert all(k.startswith(("head.", *new.get(name, ()))) for k in for_seg.fresh) and not for_seg.missing
+    assert set(new.get(name, ())) <= {k.rsplit(".", 1)[0] + "." for k in for_seg.fresh}
+
+
+@pytest.mark.parametrize("task", models.CLASSES)
+def test_transformers_loads_what_we_export(task, monkeypatch, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    with_depths(monkeypatch, "segformer_b0", (1, 2, 1, 1))
+    torch.manual_seed(0)
+    ours = randomised(models.build("segformer_b0", task, 5)).eval()
+    models.export_pretrained(ours, tmp_path / "hub", classes=["sky", "road", "tree", "car", "dog"])
+    kind = transformers.SegformerForSemanticSegmentation if task == "seg" else transformers.SegformerForImageClassification
+    theirs, info = kind.from_pretrained(tmp_path / "hub", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert theirs.config.id2label[3] == "car" and theirs.config.architectures == [kind.__name__]
+    for m in ours.encoder.modules():
+        if isinstance(m, torch.nn.LayerNorm):
+            m.eps = 1e-5                                # transformers ignores its config's layer_norm_eps
+    for size in ((224, 224), (97, 130)):
+        x = signal("image{}x{}".format(*size), (1, 3, *size))
+        with torch.inference_mode():
+            single = relative(ours.float()(x), theirs.eval().float()(pixel_values=x).logits)
+            double = relative(ours.double()(x.double()), theirs.double()(pixel_values=x.double()).logits)
+        table("segformer_b0", "Hugging Face SegFormer, exported", f"transformers {size[0]}x{size[1]}, {task}", single, double)
+        assert single < 1e-4 and double < 1e-9
+    again = models.build("segformer_b0", task, 5)
+    assert not models.load_pretrained(again, tmp_path / "hub").fresh
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), again.state_dict().values()))
+
+
+def randomised(model):
+    """Weights that no two tensors share, running statistics too."""
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(torch.rand_like(value) if value.ndim < 2 else torch.randn_like(value) / value[0].numel() ** 0.5)
+    return model
+
+
+# (row, task, format that is asked for, format that is written)
+MIT_SEG = "SegFormer / PVTv2 / Lawin segmentor"
+EXPORTS = [
+    ("segformer_b0", "seg", MIT_SEG, MIT_SEG),
+    ("segformer_b0", "cls", "SegFormer / PVTv2 encoder", "SegFormer / PVTv2 encoder"),
+    ("pvt_v2_b2_li", "cls", None, "SegFormer / PVTv2 encoder"),
+    ("pvt_v2_b2_li", "seg", None, MIT_SEG),
+    ("segnext_t", "cls", None, "MSCAN encoder"),
+    ("segnext_t", "cls", "mmsegmentation MSCAN encoder", "mmsegmentation MSCAN encoder"),
+    ("segnext_t", "seg", None, "SegNeXt segmentor"),
+    ("segnext_t", "seg", "mmsegmentation SegNeXt", "mmsegmentation SegNeXt"),
+    ("nextvit_s", "cls", None, "Next-ViT encoder"),
+    ("nextvit_s", "seg", None, "Next-ViT segmentor"),
+    ("swin_t", "cls", None, "Swin encoder"),
+    ("swin_t", "seg", None, "Swin segmentor"),
+    ("swin_t", "cls", "mmsegmentation Swin encoder", "mmsegmentation Swin encoder"),
+    ("swin_t", "seg", "mmsegmentation Swin segmentor", "mmsegmentation Swin segmentor"),
+    ("dest_b0", "cls", None, "DEST depth encoder"),
+    ("dest_b0", "cls", "DEST encoder", "DEST encoder"),
+    ("dest_b0", "seg", None, "DEST segmentor"),
+    ("lawin_b1", "seg", None, MIT_SEG),
+    ("lawin_b2", "seg", None, MIT_SEG),
+    ("lite_final", "cls", None, "original project"),
+    ("lite_final", "seg", None, "original project"),
+    ("lite_lsrea_ham", "seg", None, "original project"),
+    ("swin_t", "seg", "own checkpoint", "own checkpoint"),
+]
+
+
+@pytest.mark.parametrize("name, task, asked, written", EXPORTS)
+def test_families_round_trip(name, task, asked, written, monkeypatch, tmp_path):
+    with_depths(monkeypatch, name, {"nextvit_s": (1, 2, 5, 2), "swin_t": (2, 1, 1, 1)}.get(name, (1, 1, 1, 1)))
+    donor = randomised(models.build(name, task, 5))
+    models.export_pretrained(donor, tmp_path / "x.pth", asked)
+    state = models.read_checkpoint(tmp_path / "x.pth")
+    again = models.build(name, task, 5)
+    report = models.load_pretrained(again, {"meta": {}, "state_dict": state} if task == "seg" else {"model": state, "epoch": 3})
+    assert report.format == written and not report.fresh and not report.missing and not report.unexpected
+    assert all(torch.equal(a, b) for a, b in zip(donor.state_dict().values(), again.state_dict().values()))
+    other = models.load_pretrained(on_meta(name, task, num_classes=7), state)           # another class count
+    last = "head.fc" if task == "cls" else "head.classifier"
+    assert other.fresh == [f"{last}.weight", f"{last}.bias"] and not other.missing and not other.unexpected
+    cross = on_meta(name, "cls" if task == "seg" else "seg")                            # the other task: the encoder is used
+    if written == "Next-ViT segmentor":
+        with pytest.raises(UserError, match="12 unexpected"):                           # its norms are in the trunk
+            models.load_pretrained(cross, state)
+    elif written != "own checkpoint":
+        cross = models.load_pretrained(cross, state)
+        assert cross.fresh and not cross.missing
+
+
+def test_merging_in_the_order_of_unfold():
+    """mmsegmentation's patch merging: nn.Unfold, norm, Linear; its channels run (C, row, column)."""
+    model = models.build("swin_t", "cls", 5)
+    form = format_named("mmsegmentation Swin encoder")
+    state = reference_state(model, form.names(model))
+    state = {k: v.flatten(1) if k.endswith("reduction.weight") else v for k, v in state.items()}
+    models.load_pretrained(model, state)
+    x = signal("x", (1, 96, 6, 8))
+    weight, bias, reduction = (state[f"stages.0.downsample.{end}"] for end in ("norm.weight", "norm.bias", "reduction.weight"))
+    y = F.layer_norm(F.unfold(x, 2, stride=2).mT, (384,), weight, bias) @ reduction.T   # (1, 12, 192)
+    with torch.inference_mode():
+        worst = relative(model.encoder.stages[1].embed(x), y.mT.unflatten(2, (3, 4)))
+    table("swin_t", form.name, "torch.nn.functional.unfold, merging of stage 2", worst)
+    assert worst < 1e-5
+
+
+@pytest.mark.parametrize("slots, task, form, words", [
+    ({"attn": "mixer"}, "seg", None, ["segformer_b0-attn=mixer", "16 tensors", "attn.branch.fc1"]),
+    ({"head": "light_ham"}, "seg", "Hugging Face SegFormer", ["SegFormer has no name", "3 tensors", "head.squeeze.weight"]),
+    ({}, "cls", "Swin encoder", ["Swin encoder has no name"]),
+    ({}, "seg", "onnx", ["'onnx'", "Hugging Face SegFormer, ", "timm Swin"]),
+])
+def test_export_says_what_has_no_name(slots, task, form, words, monkeypatch, tmp_path):
+    with_depths(monkeypatch, "segformer_b0", (1, 1, 1, 1))
+    model = models.build("segformer_b0", task, 5, **slots)
+    with pytest.raises(UserError) as error:
+        models.export_pretrained(model, tmp_path / "x", form)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_where_nothing_can_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made a folder"):
+        models.export_pretrained(models.build("segformer_b0", "cls", 5), tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be written"):
+        models.export_pretrained(models.build("dest_b0", "cls", 5), tmp_path / "absent" / "x.pth")
+
+
+# (the model, whose file it gets, the file's format): another size, another family
+STRANGERS = [("segformer_b0", "segformer_b2", "Hugging Face SegFormer"), ("pvt_v2_b2", "pvt_v2_b2_li", "timm PVTv2"),
+             ("segnext_t", "segnext_s", "MSCAN encoder"), ("nextvit_b", "nextvit_s", "timm Next-ViT"),
+             ("swin_s", "swin_t", "Swin encoder"), ("dest_b1", "dest_b2", "DEST encoder"), ("lite_final", "lite_lsra", "original project"),
+             ("segformer_b0", "swin_t", "mmsegmentation Swin encoder"), ("swin_t", "pvt_v2_b0", "SegFormer / PVTv2 encoder"),
+             ("segnext_t", "nextvit_s", "Next-ViT encoder")]
+
+
+@pytest.mark.parametrize("name, donor, form", STRANGERS)
+def test_files_of_another_row_are_named(name, donor, form):
+    model, other, form = on_meta(name, "cls"), on_meta(donor, "cls"), format_named(form)
+    state, names_of = {}, form.names(other)
+    for key, value in other.state_dict().items():
+        state |= zip(names_of[key], form.write(key, value, len(names_of[key])))
+    with pytest.raises(UserError) as error:
+        models.load_pretrained(model, state)
+    message = str(error.value)
+    assert form.name in message and message.endswith(f"looks like {donor}") and "\n" not in message, message
+
+
+@pytest.mark.parametrize("name, blocks, inner, std", [      # eps of the LayerNorms of blocks and stages, of others; {end: std}
+    ("segformer_b1", 1e-6, 1e-5, {"q": .02, "fc1": .02, "sr": (2 / 64 / 64) ** .5, "dwconv": (2 / 9) ** .5,
+                                  "0.embed.conv": (2 / 49 / 64) ** .5}),
+    ("pvt_v2_b2_li", 1e-6, 1e-5, {"kv": .02, "sr": .02, "dwconv": (2 / 9) ** .5, "1.embed.conv": (2 / 9 / 128) ** .5}),
+    ("segnext_s", 1e-5, 1e-5, {"fc1": (2 / 512) ** .5, "local": (2 / 25) ** .5, "strips.0.0": (2 / 7) ** .5,
+                               "mix": (2 / 64) ** .5, "0.embed.1.conv": (2 / 9 / 64) ** .5}),
+    ("nextvit_s", None, None, {"group_conv.conv": .02, "mlp.fc1": .02, "0.embed.0.conv": .02, "attn.q": .02,
+                               "projection.conv": .02}),
+    ("swin_t", 1e-5, 1e-5, {"qkv": .02, "fc2": .02, "reduction": .02, "embed.proj": (1 / 3 / 48) ** .5}),
+    ("dest_b1", None, None, {"q": .02, "fc1.conv": .02, "sr.conv": (2 / 64 / 64) ** .5, "dwconv.conv": (2 / 9) ** .5}),
+])
+def test_families_begin_as_their_own_code_does(name, blocks, inner, std):
+    torch.manual_seed(0)
+    model = models.build(name, "cls")
+    for key, m in model.named_modules():
+        if isinstance(m, torch.nn.LayerNorm):
+            of_branch = key.endswith((".attn.norm", ".ffn.norm")) or key.count(".") == 3      # encoder.stages.i.norm
+            assert m.eps == (blocks if of_branch else inner), key
+        elif isinstance(m, torch.nn.BatchNorm2d):
+            assert (m.eps, m.momentum) == (1e-5, 0.1), key
+    weights = dict(model.named_parameters())
+    for end, expected in std.items():
+        found = next(p for k, p in weights.items() if k.endswith(f".{end}.weight"))     # of the first stage that has one
+        assert found.std().item() == pytest.approx(expected, rel=0.1), end
+    assert all((p == 0).all() for k, p in weights.items() if k.endswith("bias") and "embed.proj" not in k)
+    assert all((p == 1).all() for k, p in weights.items() if "norm" in k and k.endswith("weight"))
+    assert all((p == 0.01).all() for k, p in weights.items() if k.endswith("scale"))
+    assert all(p.std().item() == pytest.approx(.02, rel=.1) for k, p in weights.items() if k.endswith(("bias_table", "fc.weight")))
+
+
+@pytest.mark.parametrize("name, cls, seg, norms", [     # last drop-path rate; the stages that end in a norm for (cls, seg)
+    ("segformer_b1", .1, .1, ("0123", "0123")), ("pvt_v2_b1", .1, .1, ("0123", "0123")), ("pvt_v2_b3", .3, .1, ("0123", "0123")),
+    ("segnext_t", .1, .1, ("0123", "0123")), ("segnext_l", .2, .3, ("0123", "0123")), ("nextvit_s", .1, .2, ("3", "0123")),
+    ("nextvit_b", .2, .2, ("3", "0123")), ("swin_t", .2, .3, ("3", "0123")), ("swin_b", .5, .3, ("3", "0123")),
+    ("dest_b1", .1, .1, ("", ""))])
+def test_families_drop_paths_and_stage_norms(name, cls, seg, norms):
+    for task, rate, where in (("cls", cls, norms[0]), ("seg", seg, norms[1])):
+        with torch.device("meta"):
+            model = models.build(name, task)
+        blocks = [block for stage in model.encoder.stages for block in stage.blocks]
+        for i, block in enumerate(blocks):
+            rates = {p: m.p for p, m in block.named_modules() if isinstance(m, layers.DropPath)}
+            linear = rate * i / (len(blocks) - 1)
+            factors = {"drop_attn": 0.75, "drop_mhca": 0.25}
+            assert all(p == pytest.approx(factors.get(k, 1) * linear) for k, p in rates.items()) and rates
+        has_norm = [str(i) for i, stage in enumerate(model.encoder.stages) if not isinstance(stage.norm, torch.nn.Identity)]
+        assert has_norm == sorted(where)
+
+
+def test_hostile_safetensors_of_gigabytes(tmp_path):
+    """Files with holes: nothing of them may be read into memory."""
+    path = tmp_path / "x.safetensors"
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", 2 * 10 ** 9))
+        file.truncate(3 * 10 ** 9)
+    with pytest.raises(UserError, match="claims a header"):
+        models.read_safetensors(path)
+    path.write_bytes(struct.pack("<Q", 10 ** 6) + b'{"a":' * 200_000)
+    with pytest.raises(UserError, match="not JSON"):
+        models.read_safetensors(path)
+    huge = {"b": {"dtype": "F32", "shape": [0, 2 ** 62], "data_offsets": [8, 8]}}
+    path.write_bytes(safetensors_bytes({"a": torch.zeros(2)}, lambda e: e | huge))
+    with pytest.raises(UserError, match="out of range"):
+        models.read_safetensors(path)
+
+
+def test_safetensors_written_are_read_back(tmp_path):
+    state = {"count": torch.tensor(3), "half": torch.randn(3).bfloat16(), "flag": torch.tensor([True]), "none": torch.zeros(0, 2),
+             "w": torch.randn(2, 3)}
+    models.write_safetensors(tmp_path / "x.safetensors", state)
+    for read in (models.read_safetensors, pytest.importorskip("safetensors.torch").load_file):
+        again = read(tmp_path / "x.safetensors")
+        assert again.keys() == state.keys()
+        assert all(torch.equal(v, state[k]) and v.dtype == state[k].dtype for k, v in again.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
