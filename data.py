@@ -506,15 +506,15 @@ def found_classes(root, zero_is_class):
 class Shapes(EpochDataset):
     """Textured shapes on two textured grounds, drawn and not stored: image i of a split is a pure function of (split, i).
 
-    Colours and textures are drawn alike for all the classes, so colour alone tells nothing: the two grounds differ in texture
-    (a wave or none), six classes in shape, and a "pearl" is a disc that lies inside a square ("disc" is one that does not).
-    Items as those of FolderSegmentation; in training the scale is drawn from 0.8..1.25.
+    Colour narrows a shape down to two classes and no further: disc and pearl share a family of hues, square and cross, triangle
+    and star; only the ring has its own. A "pearl" is a disc that lies inside a square. The grounds have any greyish colour and
+    differ in texture (a wave or none). Items as those of FolderSegmentation; in training the scale is drawn from 0.8..1.25.
     """
     classes = ["plain ground", "striped ground", "disc", "square", "triangle", "star", "ring", "cross", "pearl"]
     num_classes = len(classes)
     colors = np.array([[150, 150, 160], [95, 105, 130], [230, 60, 60], [250, 170, 40], [245, 235, 90], [80, 190, 90],
                        [60, 200, 220], [70, 100, 235], [215, 110, 230]], np.uint8)
-    SIZE = 96
+    SIZE = 64
     COUNT = {"train": 1000, "val": 100}
 
     def __init__(self, split, crop=None, seed=0):
@@ -543,9 +543,9 @@ def draw_shapes(split, index, size):
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     labels = (u + bend * np.sin(4 * v + rng.uniform(0, 6)) > rng.uniform(-0.5, 0.5)).astype(np.uint8)
     image = np.where(labels[..., None] == 0, _texture(rng, x, y, "plain"), _texture(rng, x, y, "striped"))
-    for _ in range(rng.integers(3, 6)):
+    for _ in range(rng.integers(3, 5)):
         kind = int(rng.integers(2, 9))
-        radius = rng.uniform(0.28, 0.42)
+        radius = rng.uniform(0.32, 0.46)
         center, turn = rng.uniform(-0.8, 0.8, 2), rng.uniform(0, 2 * np.pi)
         if kind == 8:    # a pearl comes with its square around it
             _paint(rng, image, labels, x, y, 3, center, 1.2 * radius, turn)
@@ -570,13 +570,19 @@ def _paint(rng, image, labels, x, y, kind, center, radius, turn):
         7: lambda: (np.minimum(abs(u), abs(v)) < 0.26) & (np.maximum(abs(u), abs(v)) < 0.9),
         8: lambda: r < 0.9,
     }[kind]()
-    image[inside] = _texture(rng, x, y, rng.choice(["plain", "striped", "speckled"]))[inside]
+    color = 255 * np.array(colorsys.hsv_to_rgb(HUES[kind] + rng.uniform(-0.06, 0.06), rng.uniform(0.6, 1), rng.uniform(0.5, 0.9)))
+    image[inside] = _texture(rng, x, y, rng.choice(["plain", "striped", "speckled"]), color)[inside]
     labels[inside] = kind
 
 
-def _texture(rng, x, y, kind):
-    """A random colour with a gentle slope, under a wave ("striped") or in flecks ("speckled"). -> (H, W, 3) float."""
-    color, other = rng.uniform(40, 215, 3), rng.uniform(40, 215, 3)
+HUES = {2: 0.0, 8: 0.0, 3: 0.33, 7: 0.33, 4: 0.62, 5: 0.62, 6: 0.83}    # of the shapes, by class
+
+
+def _texture(rng, x, y, kind, color=None):
+    """A colour, any greyish one if not given, with a gentle slope, under a wave ("striped") or in flecks ("speckled")."""
+    if color is None:
+        color = rng.uniform(60, 180) + rng.uniform(-25, 25, 3)
+    other = color * rng.uniform(0.4, 1.6)
     angle = rng.uniform(0, np.pi)
     along = np.cos(angle) * x + np.sin(angle) * y
     if kind == "plain":

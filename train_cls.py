@@ -30,7 +30,7 @@ from eval import evaluate_cls
 
 RECIPE = dict(model="segformer_b2", image_size=224, epochs=300, batch_size=128, weight_decay=0.05,      # on --data-path
               rand_augment=True, erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, repeats=3)
-QUICK = dict(model="segformer_b0", image_size=96, epochs=10, batch_size=16, lr=6e-4, weight_decay=0.05, drop_path=0.0,
+QUICK = dict(model="segformer_b0", image_size=64, epochs=10, batch_size=16, lr=2e-3, weight_decay=0.05, drop_path=0.0,
              rand_augment=False, erase=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1, repeats=1)
 
 # The same run may go on with other values of these, as long as the effective batch stays.

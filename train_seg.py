@@ -29,7 +29,7 @@ from eval import evaluate_seg, predict
 from layers import UpsampledCrossEntropy
 
 RECIPE = dict(model="segformer_b2", crop=512, epochs=60, batch_size=16, lr=6e-5, weight_decay=0.01)     # on --data-path
-QUICK = dict(model="segformer_b0", crop=96, epochs=14, batch_size=8, lr=6e-4, weight_decay=0.01, drop_path=0.0)
+QUICK = dict(model="segformer_b0", crop=64, epochs=14, batch_size=16, lr=3e-3, weight_decay=0.01, drop_path=0.0)
 
 # The same run may go on with other values of these, as long as the effective batch stays.
 MAY_CHANGE = {"output_dir", "resume", "device", "workers", "compile", "batch_size", "accum"}
@@ -280,7 +280,7 @@ def main(argv=None):
         evaluated = (ema.module if ema else model).eval()
         share_buffers(model)
         share_buffers(evaluated)
-        metrics = evaluate_seg(evaluated, val_set, processes, 1, args.workers, short_side=args.crop).summary()
+        metrics = evaluate_seg(evaluated, val_set, processes, args.batch_size, args.workers, short_side=args.crop).summary()
         improved = metrics["mIoU"] > best["mIoU"]
         if improved:
             best = {"epoch": epoch + 1, "mIoU": metrics["mIoU"]}
