@@ -211,7 +211,7 @@ class NextEmbed(nn.Sequential):
             steps = [nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)]
         if stride == 2 or in_dim != dim:
             steps.append(ConvNorm(Pointwise(in_dim, dim, bias=False), norm(dim, eps=1e-5)))
-        super().__init__(*steps)
+        super().__init__(*steps or [nn.Identity()])
 
 
 EMBED = {
