@@ -796,6 +796,85 @@ def test_exact_counts_of_segformer_b2():
         assert flops.count(on_meta(f"segformer_b{index}", head="mlp_concat")).macs == macs
 
 
+def pixels(size):
+    """N of the four stages for a size that 32 divides."""
+    return [size[0] * size[1] // 16 // 4 ** i for i in range(4)]
+
+
+def encoder_macs(name):
+    return sum(row["macs"] for row in flops.count(on_meta(name)).rows if row["stage"])
+
+
+# published at 512 x 512 with 150 classes, as printed by the counters that the papers used
+@pytest.mark.parametrize("name, published", [
+    ("pvt_v2_b0", 24.98), ("pvt_v2_b1", 34.14), ("pvt_v2_b2_li", 40.84), ("pvt_v2_b2", 45.63), ("pvt_v2_b3", 62.25),
+    ("pvt_v2_b4", 81.08), ("pvt_v2_b5", 90.85)])
+def test_macs_of_pvt_v2(name, published):
+    assert round(flops.count(on_meta(name)).macs / 1e9, 2) == published
+
+
+@pytest.mark.parametrize("name, published, digits", [
+    ("swin_t", 4.491, 3), ("swin_s", 8.741, 3), ("swin_b", 15.431, 3), ("nextvit_s", 5.794, 3), ("nextvit_b", 8.3, 1),
+    ("nextvit_l", 10.8, 1), ("pvt_v2_b2_li", 3.889, 3), ("segformer_b2", 3.271, 3)])
+def test_macs_of_classification(name, published, digits):
+    assert round(flops.count(on_meta(name, "cls"), (224, 224)).macs / 1e9, digits) == published
+
+
+def ham_saving(dims, width, rank, n):
+    """HamHead's docstring: the squeeze on the deep maps, and the NMF's first X D."""
+    return width * (dims[2] * (n[1] - n[2]) + dims[3] * (n[1] - n[3])) + n[1] * width * rank
+
+
+@pytest.mark.parametrize("name, published", [("segnext_t", 6.59e9), ("segnext_s", 15.85e9), ("segnext_b", 34.90e9), ("segnext_l", 69.96e9)])
+def test_macs_of_segnext(name, published):
+    size, n = models.SIZES[models.MODELS[name].size], pixels((512, 512))
+    literal = flops.count(on_meta(name)).macs + ham_saving(size.dims, size.decoder, size.rank, n)
+    literal += 4 * 150 * 512 * 512              # torchprofile counts the resize to the image as well, and all norms
+    assert 0.995 * published < literal < published
+
+
+def lawin_saving(name, n):
+    """The docstrings of LawinSumHead, LawinHead and LargeWindowAttention."""
+    size, concat = models.SIZES[models.MODELS[name].size], models.MODELS[name].head == "lawin"
+    width, fused = size.decoder, sum(size.dims[1:])
+    saving = width ** 2 * (n[0] - n[1])
+    if concat:
+        return saving + 3 * width ** 2 * n[1] - width ** 2 * fused + width ** 2 * (n[1] - 1)
+    side = round(n[1] ** 0.5)
+    return saving + sum(2 * width ** 2 * (n[1] - (side // r + 8 - 8 // r) ** 2) for r in (2, 4, 8))
+
+
+@pytest.mark.parametrize("name, published", [("lawin_b0", 5.11e9), ("lawin_b1", 12.44e9), ("lawin_b2", 44.15e9)])
+def test_macs_of_lawin(name, published):
+    literal = flops.count(on_meta(name)).macs + lawin_saving(name, pixels((512, 512)))
+    assert 0.992 * published < literal < published                              # torchprofile counts norms and resizing
+
+
+@pytest.mark.parametrize("name, published", [("dest_b0", 10.61), ("dest_b1", 30.73), ("dest_b2", 37.30), ("dest_b3", 43.25),
+                                             ("dest_b4", 49.97), ("dest_b5", 56.06)])
+def test_macs_of_dest_with_its_own_decoder(name, published):
+    size, n = models.SIZES[models.MODELS[name].size], pixels((512, 512))
+    literal = encoder_macs(name)
+    for c, depth, heads, m in zip(size.dims, size.depths, size.heads, n):
+        literal += depth * (m * c * c - c * c + m * heads * c)      # the projection at full rank, the outer product before it
+    a, b, c, d = size.dims                                          # skips: 1x1 each; then 3x3 on what was doubled
+    literal += sum(m * x * x for m, x in zip(n, size.dims))
+    literal += 9 * (4 * n[3] * d * d + 4 * n[2] * (c + d) * c + 4 * n[1] * (b + c) * b + 4 * n[0] * (a + b) * a) + 4 * n[0] * a * 150
+    assert round(literal / 1e9, 2) == pytest.approx(published, abs=0.0101)
+
+
+@pytest.mark.parametrize("name, published", [("lite_lsra", 57.552), ("lite_lsra_dest", 57.552), ("lite_rskip", 57.552), ("lite_ea", 56.990),
+                                             ("lite_lsrea", 46.491), ("lite_lsrea_ham", 9.168), ("lite_final", 9.568)])
+def test_macs_of_the_original_project(name, published):
+    """Measured on its code at 512 x 512; its heads concatenate and its NMF multiplies X D twice at the start."""
+    if models.MODELS[name].head == "mlp":
+        literal = flops.count(on_meta(name, head="mlp_concat")).macs
+    else:
+        size, n = models.SIZES[models.MODELS[name].size], pixels((512, 512))
+        literal = flops.count(on_meta(name)).macs + ham_saving(size.dims, 512, size.rank, n)
+    assert round(literal / 1e9, 3) == published
+
+
 def loop_macs(out_shape, dot_length):
     """Multiply-adds of a convolution or product, one scalar product at a time."""
     total = 0
