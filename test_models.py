@@ -7,6 +7,7 @@ installed.
 """
 import io
 import copy
+import inspect
 import json
 import os
 import struct
@@ -31,7 +32,7 @@ import layers
 import models
 from layers import ATTENTION, FFN, UserError
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))      # threads that wait for a busy core cost 20 x
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -555,21 +556,219 @@ def test_smallest_image_is_named():
         model(torch.zeros(1, 3, 28, 64))
 
 
-@pytest.mark.parametrize("name", ["segformer_b0"])
-def test_fuse_gives_the_same_outputs(name):
-    torch.manual_seed(0)
-    model = models.build(name, num_classes=7)
+# ---------------------------------------------------------------------------------------------------------------------
+# Contracts: what every row and every word promises, on small models; a new dict line is tested the moment it is there
+# ---------------------------------------------------------------------------------------------------------------------
+
+def small_cases():
+    """{label: (row, slots)}: the first row of each set of words, and every word, put into a SegFormer, that is in none of them."""
+    asked = {name: (name, {}) for name in models.MODELS}
+    asked |= {f"{slot}={word}": ("segformer_b0", {slot: word}) for slot, words in models.SLOTS.items() for word in words}
+    asked["mixed"] = ("segformer_b0", {"attn": "lsra,ea,window,sra", "ffn": "mix,dest,mlp,mix", "norm": "ln,bn,ln,ln"})
+    cases, seen = {}, set()
+    for case, (name, slots) in asked.items():
+        spec = models.make_spec(name, **slots)
+        size = models.SIZES[spec.size]
+        key = (*(spec.words(slot) for slot in models.SLOTS), size.stage_norm, size.init, bool(size.groups))
+        if key not in seen:
+            seen.add(key)
+            cases[case] = (name, slots)
+    return cases
+
+
+SMALL = small_cases()
+FAMILIES = {name.split("_")[0]: name for name in reversed(models.MODELS)}       # a row of each family, its first
+BOTH_TASKS = [*((case, "seg") for case in SMALL), *((case, "cls") for case in SMALL if case in models.MODELS)]
+
+
+@lru_cache(maxsize=None)
+def small(case, task="seg"):
+    """The case's model in evaluation mode with few layers and random weights, norms, scales and statistics; copy to change."""
+    name, slots = SMALL[case]
+    size = models.SIZES[models.MODELS[name].size]
+    few = dict(dims=(32, 64, 96, 128), depths=(2, 1, 1, 1), heads=(1, 2, 3, 4), width=32, decoder=128, rank=8)
+    if size.groups:         # two of Next-ViT's three kinds of stage: NCBs alone, NCB and NTB
+        few |= dict(dims=(32, 128, 128, 128), depths=(1, 2, 2, 2), groups=(0, 2, 2, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.SIZES, models.MODELS[name].size, replace(size, **few))
+        patch.setattr(models, "DECODER_WIDTH", dict.fromkeys(models.DECODER_WIDTH, 128))
+        torch.manual_seed(0)
+        model = models.build(name, task, num_classes=5, **slots)
+    return randomise(model).eval()
+
+
+def randomise(module):
+    """What initialisation leaves constant hides mistakes: norms, biases, Lawin's zeros."""
+    for p in module.parameters():
+        if p.numel() > 1 and p.std() == 0:
+            p.data += 0.2 * torch.randn_like(p)
+    for m in module.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_(std=0.2), m.running_var.uniform_(0.5, 1.5)
+    return module
+
+
+def images(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, tolerance):
+    return a.shape == b.shape and (a - b).abs().max() <= tolerance * b.square().mean().sqrt()
+
+
+def fails_for_one(model, x):
+    """Whether some BatchNorm of the model sees a single value of each channel of each image."""
+    seen = []
+    model = copy.deepcopy(model).eval()
     for m in model.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(m.weight, 0.5, 1.5), torch.nn.init.normal_(m.bias)
-            m.running_mean.normal_(), m.running_var.uniform_(0.5, 1.5)
-    model.eval()
+            m.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[2:].numel()))
+    model(x)
+    return 1 in seen
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_any_size_in_either_layout(case):
+    model, last = small(case), copy.deepcopy(small(case)).to(memory_format=torch.channels_last)
+    stride = 4 if 0 in model.head.uses else 8
+    for height, width in ((33, 57), (97, 130), (64, 64), (128, model.encoder.smallest)):
+        x = images(1, 3, height, width)
+        with torch.inference_mode():
+            maps = model.encoder(x)
+            logits = model.head(maps)
+            again = last(x.to(memory_format=torch.channels_last))
+        for i, m in enumerate(maps):
+            assert m.shape[2:] == (-(-height // 2 ** (i + 2)), -(-width // 2 ** (i + 2)))
+        assert logits.shape == (1, 5, -(-height // stride), -(-width // stride))
+        assert logits.isfinite().all() and logits.std() > 0 and close(again, logits, 2e-5)
+    if model.encoder.smallest > 1:
+        with pytest.raises(UserError, match=f"at least {model.encoder.smallest} pixels"):
+            model(images(1, 3, 128, model.encoder.smallest - 1))
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_evaluation_is_deterministic_and_each_image_by_itself(case):
+    model, x = small(case), images(3, 3, 65, 70)
+    with torch.inference_mode():
+        torch.manual_seed(1)
+        first = model(x)
+        torch.manual_seed(2)
+        assert torch.equal(model(x), first)
+        assert close(model(x[1:2]), first[1:2], 2e-5)
+
+
+@pytest.mark.parametrize("case, task", BOTH_TASKS)
+def test_training_step(case, task):
+    """Every parameter gets a gradient, also from one image; where a BatchNorm's map is 1 x 1 the error says what to do."""
+    model = copy.deepcopy(small(case, task)).train()
+    sizes = [(2, 33), (1, 64)] + ([(1, 32)] if task == "seg" else [])      # 32: the last map is 1 x 1
+    for batch, side in sizes:
+        x = images(batch, 3, side, side)
+        if batch == 1 and fails_for_one(model, x):
+            with pytest.raises(UserError, match="--batch-size 2"):
+                model(x)
+            continue
+        out = model(x)
+        labels = torch.zeros(batch, side, side, dtype=torch.long) if task == "seg" else torch.zeros(batch, dtype=torch.long)
+        loss = layers.UpsampledCrossEntropy()(out, labels) if task == "seg" else F.cross_entropy(out, labels)
+        model.zero_grad()
+        loss.backward()
+        assert loss.isfinite() and not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", SMALL)
+def test_autocast_is_finite_and_near(case, dtype):
+    model, x = small(case), images(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = model(x)
+        with torch.autocast("cpu", dtype):
+            got = model(x)
+    assert got.isfinite().all() and (got.float() - expected).square().mean() < 0.02 * expected.square().mean()
+
+
+@pytest.mark.parametrize("case, task", BOTH_TASKS)
+def test_fuse_gives_the_same_outputs(case, task):
+    model = copy.deepcopy(small(case, task)).double()
     fused = models.fuse(model)
-    x = torch.randn(2, 3, 65, 97)
-    a, b = model(x), fused(x)
-    assert (a - b).abs().max() < 1e-5 * a.square().mean().sqrt().clamp(min=1)
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.head.modules())
-    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) and not fused.training
+    x = images(2, 3, 33, 57).double()
+    with torch.inference_mode():
+        assert close(fused(x), model(x), 1e-10)
+    folded = [m for m in fused.modules() if isinstance(m, layers.ConvNorm)]
+    assert not fused.training and not any(isinstance(m.norm, torch.nn.BatchNorm2d) for m in folded)
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if case in models.MODELS])
+def test_meta_device(case):
+    """Training mode without memory; the counting tests do the same in evaluation mode for every row and word."""
+    model = copy.deepcopy(small(case)).to("meta").train()
+    x = torch.zeros(2, 3, 33, 57)
+    out = model(x.to("meta"))
+    assert out.is_meta and out.shape == small(case)(x).shape and all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("head", [word for word, head in layers.HEAD.items() if "NMF" in inspect.getsource(head)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nmf_is_float32_under_autocast(head, dtype):
+    """X C sums over all pixels and passes float16's 65504 from activations of 10 on."""
+    head = copy.deepcopy(small(f"head={head}").head)
+    nmf = next(m for m in head.modules() if isinstance(m, layers.NMF))
+    seen = []
+    nmf.matmul.register_forward_hook(lambda m, args, out: seen.append({*(a.dtype for a in args), out.dtype}))
+    maps = [100 * images(2, dim, 32 // 2 ** i, 32 // 2 ** i) for i, dim in enumerate((32, 64, 96, 128))]
+    expected = head(maps)
+    for half in (lambda x: x, lambda x: x.to(dtype)):           # what a head in autocast receives is half already
+        seen.clear()
+        with torch.autocast("cpu", dtype):
+            got = head([half(m) for m in maps])
+        assert seen and all(dtypes == {torch.float32} for dtypes in seen)
+        assert got.isfinite().all() and close(got.float(), expected, 0.5)
+        with torch.autocast("cpu", dtype):
+            head.train()(maps).float().sum().backward()
+        assert all(p.grad.isfinite().all() for p in head.parameters())
+        head.eval()
+
+
+def test_nmf_bases_keep_their_values():
+    """Conversions move them and never round them; they are in no file and in no random stream."""
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    nmf = layers.NMF(12, 4, (2, 2), 1e-6)
+    assert torch.equal(torch.random.get_rng_state(), before) and not nmf.state_dict()
+    bases = nmf.bases.clone()
+    for module in (nmf.half(), nmf.double(), nmf.to("meta").to_empty(device="cpu")):
+        assert torch.equal(module.bases, bases) and (bases.norm(dim=1) - 1).abs().max() < 1e-6
+
+
+def covering_cases():
+    """A row of each family, and as few others as hold the words that those lack: tracing takes seconds a model."""
+    cases = {name: (name, {}) for name in FAMILIES.values()}
+    rest = {slot: [w for w in words if not any(w in models.MODELS[name].words(slot) for name in cases)]
+            for slot, words in models.SLOTS.items()}
+    while any(rest.values()):
+        slots = {}
+        for slot, words in rest.items():
+            if words:
+                count = 1 if slot == "head" else 4
+                slots[slot] = ",".join((words[:count] * 4)[:count])
+                del words[:count]
+        cases[" ".join(f"{slot}={words}" for slot, words in slots.items())] = ("segformer_b0", slots)
+    return cases
+
+
+COVERING = covering_cases()
+
+
+@pytest.mark.parametrize("case", COVERING)
+def test_export_and_compile(case, monkeypatch):
+    monkeypatch.setitem(SMALL, case, COVERING[case])
+    model, x = small(case), images(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(x)
+        program = torch.export.export(model, (x,), strict=False)
+        assert close(program.module()(x), expected, 1e-5)
+        torch._dynamo.reset()
+        assert close(torch.compile(model, fullgraph=True, backend="eager")(x), expected, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
