@@ -99,6 +99,25 @@ def agree(got, expected, tolerance):
     assert (got[index] - torch.tensor(values, dtype=torch.float64)).abs().max().item() < tolerance * rms
 
 
+def randomise(module):
+    """What initialisation leaves constant hides mistakes: norms, biases, Lawin's zeros."""
+    for p in module.parameters():
+        if p.numel() > 1 and p.std() == 0:
+            p.data += 0.2 * torch.randn_like(p)
+    for m in module.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_(std=0.2), m.running_var.uniform_(0.5, 1.5)
+    return module
+
+
+def images(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, tolerance):
+    return a.shape == b.shape and (a - b).abs().max() <= tolerance * b.square().mean().sqrt()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Golden numbers: whole networks
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,6 +437,332 @@ def test_golden_blocks(case):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Every block against its formula, written with loops in float64
+# ---------------------------------------------------------------------------------------------------------------------
+
+def weights(layer):
+    """(matrix, bias or 0) of a linear layer, however it is held."""
+    return layer.weight.flatten(1), 0 if layer.bias is None else layer.bias
+
+
+def linear(layer, rows):
+    """rows (N, Cin) -> (N, C)."""
+    w, b = weights(layer)
+    return torch.stack([w @ row for row in rows]) + b
+
+
+def rows_of(x):
+    """(C, H, W) -> (N, C), row by row of the map."""
+    return torch.stack([x[:, i, j] for i in range(x.shape[1]) for j in range(x.shape[2])])
+
+
+def map_of(rows, height, width):
+    out = torch.stack([torch.stack([rows[i * width + j] for j in range(width)]) for i in range(height)])
+    return out.permute(2, 0, 1)
+
+
+def layer_norm(norm, rows):
+    mean = rows.mean(1, keepdim=True)
+    return (rows - mean) / ((rows - mean) ** 2).mean(1, keepdim=True).add(norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def batch_norm(norm, rows):
+    return (rows - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def gelu(x):
+    return x * (1 + torch.erf(x / 2 ** 0.5)) / 2
+
+
+def conv(layer, x, padding=0, stride=1):
+    """(Cin, H, W) -> (C, H', W'), zeros outside; one scalar product at a time for each output pixel."""
+    weight, groups = layer.weight, layer.groups
+    kh, kw = weight.shape[2:]
+    ph, pw = (padding, padding) if isinstance(padding, int) else padding
+    height, width = x.shape[1] + 2 * ph, x.shape[2] + 2 * pw
+    padded = x.new_zeros(x.shape[0], height, width)
+    padded[:, ph:ph + x.shape[1], pw:pw + x.shape[2]] = x
+    out = []
+    for i in range(0, height - kh + 1, stride):
+        for j in range(0, width - kw + 1, stride):
+            patch = padded[:, i:i + kh, j:j + kw].reshape(groups, 1, -1)
+            out.append((weight.reshape(groups, len(weight) // groups, -1) * patch).sum(2).flatten())
+    out = torch.stack(out) + (0 if layer.bias is None else layer.bias)
+    return map_of(out, len(range(0, height - kh + 1, stride)), len(range(0, width - kw + 1, stride)))
+
+
+def softmax_attention(q, k, v, heads, bias=None):
+    """(N, C), (M, C), (M, C) -> (N, C), one query of one head at a time; bias (h, N, M)."""
+    d = q.shape[1] // heads
+    out = []
+    for i in range(len(q)):
+        parts = []
+        for h in range(heads):
+            s = slice(h * d, h * d + d)
+            scores = k[:, s] @ q[i, s] / d ** 0.5 + (0 if bias is None else bias[h, i])
+            share = scores.exp() / scores.exp().sum()
+            parts.append(share @ v[:, s])
+        out.append(torch.cat(parts))
+    return torch.stack(out)
+
+
+def sra_formula(m, x):
+    q, y = linear(m.q, rows_of(x)), rows_of(x)
+    if m.reduction > 1:
+        y = layer_norm(m.norm, rows_of(conv(m.sr, x, 0, m.reduction)))
+    kv = linear(m.kv, y)
+    dim = q.shape[1]
+    return linear(m.proj, softmax_attention(q, kv[:, :dim], kv[:, dim:], m.heads))
+
+
+def pooled_7x7(m, x):
+    """PVTv2's 49 keys: means of bins that overlap where 7 does not divide the side."""
+    _, height, width = x.shape
+    bin = lambda i, side: slice(i * side // 7, -(-(i + 1) * side // 7))
+    cells = torch.stack([x[:, bin(i, height), bin(j, width)].mean((1, 2)) for i in range(7) for j in range(7)])
+    return gelu(layer_norm(m.norm, linear(m.sr, cells)))
+
+
+def lsra_formula(m, x):
+    q, kv = linear(m.q, rows_of(x)), linear(m.kv, pooled_7x7(m, x))
+    dim = q.shape[1]
+    out = softmax_attention(q, kv[:, :dim], kv[:, dim:], m.heads)
+    return out if isinstance(m.proj, torch.nn.Identity) else linear(m.proj, out)
+
+
+def ea_formula(m, x, keys_from=lambda m, x: rows_of(x)):
+    q, y = linear(m.queries, rows_of(x)), keys_from(m, x)
+    k, v = linear(m.keys, y), linear(m.values, y)
+    heads = max(h for h in (1, 2, 4, 8) if h <= 3)                          # of the row's three, what divides 64 and 32
+    dk, dv = 64 // heads, 32 // heads
+    k = k.exp() / k.exp().sum(0)                                            # over the positions
+    parts = []
+    for h in range(heads):
+        own = q[:, h * dk:h * dk + dk].exp()
+        own = own / own.sum(1, keepdim=True)                                # over the head's channels
+        context = sum(torch.outer(key, value) for key, value in zip(k[:, h * dk:h * dk + dk], v[:, h * dv:h * dv + dv]))
+        parts.append(own @ context)
+    out = torch.cat(parts, 1)
+    out = linear(m.reprojection, out) + rows_of(x)
+    return out if isinstance(m.proj, torch.nn.Identity) else linear(m.proj, out)
+
+
+def dest_formula(m, x):
+    rows, y = rows_of(x), rows_of(x)
+    if not isinstance(m.sr, torch.nn.Identity):
+        y = batch_norm(m.sr.norm, rows_of(conv(m.sr.conv, x, 0, m.sr.conv.stride[0])))
+    q, k = linear(m.q, rows), linear(m.k, y)
+    d = q.shape[1] // m.heads
+    out = []
+    for n in range(len(q)):
+        repeated = 0
+        for h in range(m.heads):
+            s = slice(h * d, h * d + d)
+            repeated = repeated + max((q[n, s] * k[j, s]).sum() for j in range(len(k))) / d ** 0.5 * rows.mean(0)
+        out.append(repeated)
+    return linear(m.proj, torch.stack(out))
+
+
+def window_formula(m, x):
+    """Pixel by pixel: who shares the window after pad and roll, and who was a neighbour before."""
+    dim, height, width = x.shape
+    high, wide = -(-height // 7) * 7, -(-width // 7) * 7
+    sy, sx = (m.shift if m.shift_small or side > 7 else 0 for side in (high, wide))
+    padded = torch.zeros(dim, high, wide, dtype=x.dtype)
+    padded[:, :height, :width] = x
+    qkv = map_of(linear(m.qkv, rows_of(padded)), high, wide)
+    out = torch.zeros(dim, height, width, dtype=x.dtype)
+    region = lambda y, side, s: 0 if not s or y < side - 7 else 1 if y < side - s else 2       # in the rolled map
+    for top in range(0, high, 7):
+        for left in range(0, wide, 7):
+            at = [(top + a, left + b) for a in range(7) for b in range(7)]                  # of the rolled map
+            old = [((y + sy) % high, (c + sx) % wide) for y, c in at]
+            member = torch.stack([qkv[:, y, c] for y, c in old])
+            area = [(region(y, high, sy), region(c, wide, sx)) for y, c in at]
+            offset = [[(i // 7 - j // 7 + 6) * 13 + i % 7 - j % 7 + 6 for j in range(49)] for i in range(49)]
+            mask = torch.tensor([[-100.0 * (area[i] != area[j]) for j in range(49)] for i in range(49)])
+            bias = m.relative_position_bias_table[torch.tensor(offset)].permute(2, 0, 1) + mask
+            got = linear(m.proj, softmax_attention(*member.split(dim, 1), m.heads, bias))
+            for (y, c), value in zip(old, got):
+                if y < height and c < width:
+                    out[:, y, c] = value
+    return rows_of(out)
+
+
+def msca_formula(m, x):
+    _, height, width = x.shape
+    gate = gelu(linear(m.proj_1, rows_of(x)))
+    z = conv(m.local, map_of(gate, height, width), 2)
+    total = z
+    for (across, down), k in zip(m.strips, (7, 11, 21)):
+        total = total + conv(down, conv(across, z, (0, k // 2)), (k // 2, 0))
+    return linear(m.proj_2, gate * linear(m.mix, rows_of(total))) + rows_of(x)
+
+
+def emhsa_formula(m, x):
+    rows = rows_of(x)
+    y = rows
+    if m.group > 1:
+        y = torch.stack([rows[i * m.group:(i + 1) * m.group].mean(0) for i in range(len(rows) // m.group)])
+        y = batch_norm(m.norm, y)
+    return linear(m.proj, softmax_attention(linear(m.q, rows), linear(m.k, y), linear(m.v, y), m.heads))
+
+
+def mhca_formula(m, x):
+    mixed = batch_norm(m.group_conv.norm, rows_of(conv(m.group_conv.conv, x, 1))).clamp(min=0)
+    return linear(m.projection, mixed)
+
+
+def mixer_formula(m, x):
+    dim, height, width = x.shape
+    out = torch.zeros_like(x)
+    for top in range(0, height, 7):
+        for left in range(0, width, 7):
+            for c in range(dim):
+                window = torch.zeros(7, 7, dtype=x.dtype)
+                part = x[c, top:top + 7, left:left + 7]
+                window[:part.shape[0], :part.shape[1]] = part
+                (w1, b1), (w2, b2) = weights(m.fc1), weights(m.fc2)
+                mixed = (w2 @ gelu(w1 @ window.flatten() + b1) + b2).view(7, 7)
+                out[c, top:top + 7, left:left + 7] = mixed[:part.shape[0], :part.shape[1]]
+    return rows_of(out)
+
+
+ATTENTION_FORMULAS = {
+    "sra": sra_formula, "lsra": lsra_formula, "lsra_noproj": lsra_formula, "ea": ea_formula,
+    "lsrea": partial(ea_formula, keys_from=pooled_7x7), "lsrea_noproj": partial(ea_formula, keys_from=pooled_7x7), "dest": dest_formula,
+    "window": window_formula, "msca": msca_formula, "emhsa": emhsa_formula, "mhca": mhca_formula, "mixer": mixer_formula,
+}
+
+
+def equals_formula(module, formula, *shape):
+    """Value and gradient of the input, in float64; formula: (module, map (C, H, W)) -> (N, C)."""
+    module = randomise(module).double().eval()
+    x = images(*shape).double().requires_grad_()
+    out = module(x)
+    expected = torch.stack([map_of(formula(module, image), *out.shape[2:]) for image in x])
+    assert close(out, expected, 1e-10)
+    direction = images(*out.shape, seed=1).double()
+    assert close(*(torch.autograd.grad((y * direction).sum(), x)[0] for y in (out, expected)), 1e-10)
+
+
+@pytest.mark.parametrize("reduction, index, grid", [(2, 1, (9, 9)), (2, 1, (5, 7)), (1, 0, (3, 4))])
+@pytest.mark.parametrize("word", ATTENTION)
+def test_attention_against_its_formula(word, reduction, index, grid):
+    """Two images, three heads, sides that neither the reduction nor the windows divide."""
+    torch.manual_seed(0)
+    equals_formula(ATTENTION[word](12, 3, reduction, index), ATTENTION_FORMULAS[word], 2, 12, *grid)
+
+
+@pytest.mark.parametrize("grid", [(7, 9), (6, 5)])
+def test_window_attention_of_classification(grid):
+    """No shift along a side of 7 or less."""
+    torch.manual_seed(0)
+    module = layers.WindowAttention(4, 2, 1, 1)
+    module.shift_small = False
+    equals_formula(module, window_formula, 1, 4, *grid)
+
+
+def mix_ffn_formula(m, x, between=lambda y: y):
+    hidden = map_of(between(linear(m.fc1, rows_of(x))), *x.shape[1:])
+    return linear(m.fc2, gelu(rows_of(conv(m.dwconv, hidden, 1))))
+
+
+def dest_ffn_formula(m, x):
+    hidden = batch_norm(m.fc1.norm, linear(m.fc1.conv, rows_of(x)))
+    hidden = batch_norm(m.dwconv.norm, rows_of(conv(m.dwconv.conv, map_of(hidden, *x.shape[1:]), 1)))
+    return linear(m.fc2, hidden.clamp(min=0))
+
+
+FFN_FORMULAS = {
+    "mlp": lambda m, x: linear(m.fc2, gelu(linear(m.fc1, rows_of(x)))), "mix": mix_ffn_formula,
+    "mix_relu": partial(mix_ffn_formula, between=lambda y: y.clamp(min=0)), "dest": dest_ffn_formula,
+}
+
+
+@pytest.mark.parametrize("word", FFN)
+def test_ffn_against_its_formula(word):
+    torch.manual_seed(0)
+    equals_formula(FFN[word](6, 3), FFN_FORMULAS[word], 2, 6, 4, 5)
+
+
+NORM_FORMULAS = {"ln": layer_norm, "bn": batch_norm}
+
+
+@pytest.mark.parametrize("word", layers.NORM)
+def test_norm_against_its_formula(word):
+    torch.manual_seed(0)
+    equals_formula(layers.NORM[word](6, eps=1e-3), lambda m, x: NORM_FORMULAS[word](m, rows_of(x)), 2, 6, 3, 4)
+
+
+SKIP_FORMULAS = {       # F is a 1x1 convolution here
+    "pre": lambda m, x: x + linear(m.branch, layer_norm(m.norm, x)),
+    "scaled": lambda m, x: x + m.scale * linear(m.branch, layer_norm(m.norm, x)),
+    "recursive": lambda m, x: layer_norm(m.norm2, layer_norm(m.norm1, linear(m.branch, x) + x) + x),
+}
+DROPPED = {"pre": lambda m, x: x, "scaled": lambda m, x: x, "recursive": lambda m, x: layer_norm(m.norm2, x)}
+KEPT_TWICE = {      # the branch of a kept sample counts 1 / (1 - p), p = 1/2
+    "pre": lambda m, x: x + 2 * linear(m.branch, layer_norm(m.norm, x)),
+    "scaled": lambda m, x: x + 2 * m.scale * linear(m.branch, layer_norm(m.norm, x)),
+    "recursive": lambda m, x: layer_norm(m.norm2, 2 * layer_norm(m.norm1, linear(m.branch, x) + x) + x),
+}
+
+
+@pytest.mark.parametrize("word", layers.SKIP)
+def test_skip_against_its_formula(word):
+    torch.manual_seed(0)
+    skip = layers.SKIP[word](layers.Pointwise(6, 6), 6, partial(layers.LayerNorm2d, eps=1e-3), 0.5)
+    equals_formula(skip, lambda m, x: SKIP_FORMULAS[word](m, rows_of(x)), 2, 6, 3, 4)
+    x = images(12, 6, 2, 3).double()
+    fates = []
+    for image, out in zip(x, skip.train()(x)):
+        kept, dropped = (close(out, map_of(f[word](skip, rows_of(image)), 2, 3), 1e-10) for f in (KEPT_TWICE, DROPPED))
+        assert kept != dropped
+        fates.append(kept)
+    assert 0 < sum(fates) < 12
+
+
+def nmf_loop(x, bases, steps, eps, one_step):
+    """One image: x (N, d), bases (d, R) -> C Dᵀ; multiplicative updates of C, then of D, and of C once more."""
+    def update(x, codes, bases):
+        codes = torch.stack([c * (row @ bases) / (c @ (bases.T @ bases) + eps) for c, row in zip(codes, x)])
+        return codes
+
+    def iterate(x, bases):
+        codes = torch.stack([(row @ bases).exp() / (row @ bases).exp().sum() for row in x])
+        for _ in range(steps):
+            codes = update(x, codes, bases)
+            gram = codes.T @ codes
+            bases = torch.stack([b * (x[:, i] @ codes) / (b @ gram + eps) for i, b in enumerate(bases)])
+        return codes, bases
+    if one_step:
+        codes, bases = (t.detach() for t in iterate(x.detach(), bases))
+    else:
+        codes, bases = iterate(x, bases)
+    return update(x, codes, bases) @ bases.T
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_nmf_against_its_formula(one_step, training):
+    nmf = layers.NMF(6, 3, steps=(2, 4), eps=1e-3, one_step=one_step).double().train(training)
+    x = images(2, 6, 3, 4).double().abs().requires_grad_()
+    torch.manual_seed(5)
+    out = nmf(x)
+    torch.manual_seed(5)
+    bases = torch.rand(2, 6, 3, dtype=torch.float64) if training else nmf.bases.double().expand(2, -1, -1)
+    bases = bases / bases.square().sum(1, keepdim=True).sqrt()
+    loop = lambda one_step: torch.stack([map_of(nmf_loop(rows_of(image), base, 2 if training else 4, 1e-3, one_step), 3, 4)
+                                         for image, base in zip(x, bases)])
+    tolerance = 1e-10 if training else 1e-6                             # the evaluation's bases have float32 lengths
+    expected = loop(one_step)
+    assert close(out, expected, tolerance)
+    direction = images(2, 6, 3, 4, seed=1).double()
+    grad, own, other = (torch.autograd.grad((y * direction).sum(), x)[0] for y in (out, expected, loop(not one_step)))
+    assert close(grad, own, tolerance) and not close(grad, other, 0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Models: counts, slots, sizes
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -595,25 +940,6 @@ def small(case, task="seg"):
         torch.manual_seed(0)
         model = models.build(name, task, num_classes=5, **slots)
     return randomise(model).eval()
-
-
-def randomise(module):
-    """What initialisation leaves constant hides mistakes: norms, biases, Lawin's zeros."""
-    for p in module.parameters():
-        if p.numel() > 1 and p.std() == 0:
-            p.data += 0.2 * torch.randn_like(p)
-    for m in module.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
-            m.running_mean.normal_(std=0.2), m.running_var.uniform_(0.5, 1.5)
-    return module
-
-
-def images(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(a, b, tolerance):
-    return a.shape == b.shape and (a - b).abs().max() <= tolerance * b.square().mean().sqrt()
 
 
 def fails_for_one(model, x):
