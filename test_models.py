@@ -492,18 +492,14 @@ def conv(layer, x, padding=0, stride=1):
 
 
 def softmax_attention(q, k, v, heads, bias=None):
-    """(N, C), (M, C), (M, C) -> (N, C), one query of one head at a time; bias (h, N, M)."""
+    """(N, C), (M, C), (M, C) -> (N, C), one head after the other; bias (h, N, M)."""
     d = q.shape[1] // heads
     out = []
-    for i in range(len(q)):
-        parts = []
-        for h in range(heads):
-            s = slice(h * d, h * d + d)
-            scores = k[:, s] @ q[i, s] / d ** 0.5 + (0 if bias is None else bias[h, i])
-            share = scores.exp() / scores.exp().sum()
-            parts.append(share @ v[:, s])
-        out.append(torch.cat(parts))
-    return torch.stack(out)
+    for h in range(heads):
+        s = slice(h * d, h * d + d)
+        scores = q[:, s] @ k[:, s].T / d ** 0.5 + (0 if bias is None else bias[h])
+        out.append(scores.exp() / scores.exp().sum(1, keepdim=True) @ v[:, s])
+    return torch.cat(out, 1)
 
 
 def sra_formula(m, x):
@@ -760,6 +756,130 @@ def test_nmf_against_its_formula(one_step, training):
     direction = images(2, 6, 3, 4, seed=1).double()
     grad, own, other = (torch.autograd.grad((y * direction).sum(), x)[0] for y in (out, expected, loop(not one_step)))
     assert close(grad, own, tolerance) and not close(grad, other, 0.1)
+
+
+def up(x, like):
+    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+
+
+def point(layer, x):
+    """A 1x1 convolution of a map (B, C, H, W), however it is held."""
+    w, b = weights(layer)
+    return torch.einsum("oc,bchw->bohw", w, x) + (b[:, None, None] if layer.bias is not None else 0)
+
+
+def bn2d(norm, x):
+    column = lambda t: t[:, None, None]
+    return (x - column(norm.running_mean)) / column(norm.running_var + norm.eps).sqrt() * column(norm.weight) + column(norm.bias)
+
+
+def gn2d(norm, x):
+    groups = x.reshape(len(x), norm.num_groups, -1)
+    centred = groups - groups.mean(2, keepdim=True)
+    out = (centred / (centred.square().mean(2, keepdim=True) + norm.eps).sqrt()).reshape(x.shape)
+    return out * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+def cbr(m, x):
+    """ConvBNReLU, 1x1."""
+    return bn2d(m.norm, point(m.conv, x)).clamp(min=0)
+
+
+def mlp_formula(head, maps):
+    levels = [up(point(p, x), maps[0]) for p, x in zip(head.projections, maps)]
+    return point(head.classifier, cbr(head.fuse, torch.cat(levels[::-1], 1)))
+
+
+def nmf_of(m, x):
+    bases = m.bases.double()[0]
+    return torch.stack([map_of(nmf_loop(rows_of(image), bases, m.eval_steps, m.eps, m.one_step), *x.shape[2:]) for image in x])
+
+
+def ham_formula(head, maps):
+    x = torch.cat([up(x, maps[1]) for x in maps[1:]], 1)
+    x = gn2d(head.squeeze.norm, point(head.squeeze.conv, x)).clamp(min=0)
+    context = nmf_of(head.nmf, point(head.ham_in, x).clamp(min=0))
+    x = (x + gn2d(head.ham_out.norm, point(head.ham_out.conv, context))).clamp(min=0)
+    return point(head.classifier, gn2d(head.align.norm, point(head.align.conv, x)).clamp(min=0))
+
+
+def light_ham_formula(head, maps):
+    x = point(head.squeeze, torch.cat([up(x, maps[1]) for x in maps[1:]], 1)).clamp(min=0)
+    return point(head.classifier, (x + nmf_of(head.nmf, x)).clamp(min=0))
+
+
+def large_window_formula(m, ratio, x):
+    """Window by window: 8x8 queries, 8x8 keys of the map at 1 / ratio around them."""
+    batch, dim, height, width = x.shape
+    high, wide = -(-height // 8) * 8, -(-width // 8) * 8
+    y = x.new_zeros(batch, dim, high, wide)
+    y[:, :, :height, :width] = x
+    z = bn2d(m.down[0].norm, F.conv2d(y, m.down[0].conv.weight, stride=ratio, groups=dim)).clamp(min=0)
+    z = cbr(m.down[1], z)
+    left, right, top, bottom = {8: (3, 4, 4, 3), 4: (3, 3, 3, 3), 2: (2, 2, 2, 2)}[ratio]
+    z = F.pad(z, (left, right, top, bottom))
+    out = torch.zeros_like(y)
+    heads, step = ratio ** 2, 8 // ratio
+    for i in range(high // 8):
+        for j in range(wide // 8):
+            for b in range(batch):
+                q = rows_of(y[b, :, 8 * i:8 * i + 8, 8 * j:8 * j + 8])
+                c = rows_of(z[b, :, step * i:step * i + 8, step * j:step * j + 8])      # (64, C)
+                if m.norm is not None:
+                    c = layer_norm(m.norm, c)
+                    size = dim // heads
+                    c = torch.cat([c[:, h * size:h * size + size] + m.mixing.weight[h].T @ c[:, h * size:h * size + size]
+                                   + m.mixing.bias[0, h, 0][:, None] for h in range(heads)], 1)
+                got = softmax_attention(linear(m.theta, q), linear(m.phi, c), linear(m.g, c), heads)
+                out[b, :, 8 * i:8 * i + 8, 8 * j:8 * j + 8] = map_of(got @ weights(m.out.conv)[0].T, 8, 8)
+    return x + bn2d(m.out.norm, out)[:, :, :height, :width]
+
+
+def lawin_formula(head, maps, concat=True):
+    levels = [up(point(p, x), maps[1]) for p, x in zip(head.projections, maps[1:])]
+    x = cbr(head.fuse, torch.cat(levels[::-1], 1)) if concat else sum(levels)
+    pool = up(cbr(head.image_pool, x.mean((2, 3), keepdim=True)), x)
+    branches = [cbr(head.short_path, x), pool, *(large_window_formula(m, r, x) for m, r in zip(head.attentions, (8, 4, 2)))]
+    x = cbr(head.cat, torch.cat(branches, 1)) if concat else sum(branches)
+    x = cbr(head.low_level_fuse, torch.cat([up(x, maps[0]), point(head.low_level, maps[0])], 1))
+    return point(head.classifier, x)
+
+
+def fpn_formula(head, maps):
+    conv3 = lambda layer, x: F.conv2d(x, layer.weight, layer.bias, padding=1)
+    levels = [point(lateral, x) for lateral, x in zip(head.lateral, maps)]
+    for i in (2, 1, 0):
+        levels[i] = levels[i] + F.interpolate(levels[i + 1], levels[i].shape[2:], mode="nearest")
+    total = 0
+    for i, (x, smooth, steps) in enumerate(zip(levels, head.smooth, head.scale)):
+        x = conv3(smooth, x)
+        for step in steps:
+            x = bn2d(step.norm, conv3(step.conv, x)).clamp(min=0)
+            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False) if i else x
+        assert len(steps) == max(i, 1)
+        total = total + up(x, maps[0])
+    return point(head.classifier, total)
+
+
+HEAD_FORMULAS = {"mlp": mlp_formula, "mlp_concat": mlp_formula, "ham": ham_formula, "light_ham": light_ham_formula, "lawin": lawin_formula,
+                 "lawin_sum": partial(lawin_formula, concat=False), "fpn": fpn_formula}
+
+
+@pytest.mark.parametrize("word", layers.HEAD)
+def test_head_against_its_formula(word):
+    """Up-sample, concatenate, convolve, as papers draw it; value and the gradients of maps and weights in float64."""
+    torch.manual_seed(0)
+    dims = (4, 6, 8, 10)
+    head = randomise(layers.HEAD[word](dims, 3, 128 if "lawin" in word else 32, 4)).double().eval()
+    sizes = ((19, 21), (10, 11), (5, 6), (3, 3))
+    maps = [images(2, dim, *size, seed=dim).double().requires_grad_() for dim, size in zip(dims, sizes)]
+    used = [maps[i] for i in head.uses]
+    out, expected = head(maps), HEAD_FORMULAS[word](head, maps)
+    assert close(out, expected, 1e-10)
+    direction = images(*out.shape, seed=1).double()
+    grads, others = (torch.autograd.grad((y * direction).sum(), [*used, *head.parameters()]) for y in (out, expected))
+    for grad, other, name in zip(grads, others, [*head.uses, *dict(head.named_parameters())]):
+        assert (grad - other).abs().max() <= 1e-9 * max(other.abs().max(), 1e-3), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
