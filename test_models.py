@@ -945,6 +945,30 @@ def test_unknown_words_list_the_known(slots, words):
         models.build("segformer_b9")
 
 
+@pytest.mark.parametrize("slot", models.SLOTS)
+def test_a_misspelt_word_lists_the_words(slot):
+    stages = "nonsense" if slot == "head" else ",".join([*list(models.SLOTS[slot])[:1] * 3, "nonsense"])
+    for words in ("nonsense", stages):
+        with pytest.raises(UserError) as error:
+            models.make_spec("segformer_b0", **{slot: words})
+        assert all(word in str(error.value) for word in (f"--{slot}", "'nonsense'", ", ".join(models.SLOTS[slot])))
+
+
+def next_vit_rows():
+    return [name for name, spec in models.MODELS.items() if models.SIZES[spec.size].groups]
+
+
+@pytest.mark.parametrize("name", next_vit_rows())
+@pytest.mark.parametrize("slot, word", [("ffn", "mix"), ("norm", "ln"), ("skip", "scaled"), ("skip", "pre,pre,recursive,pre")])
+def test_slots_that_cannot_go_together(name, slot, word):
+    with pytest.raises(UserError) as error:
+        models.make_spec(name, **{slot: word})
+    assert all(part in str(error.value) for part in (f"--{slot} {word}", f"--model {name}", "Next-ViT")) and "\n" not in str(error.value)
+    row = models.MODELS[name]
+    assert models.make_spec(name, **{s: getattr(row, s) for s in models.SLOTS}) == row         # its own words may be said
+    assert models.make_spec(name, attn="lsra", embed="overlap", head="ham").words("attn") == ("lsra",) * 4
+
+
 def test_initialisation_is_the_original_one():
     torch.manual_seed(0)
     model = models.build("segformer_b1")
@@ -1400,6 +1424,56 @@ def test_equals_transformers_through_a_saved_directory(tmp_path):
     with torch.inference_mode():
         a, b = ours(x), theirs(pixel_values=x).logits
     assert (a - b).abs().max() < 1e-5 * b.square().mean().sqrt()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks against timm's, where it is installed
+# ---------------------------------------------------------------------------------------------------------------------
+
+TIMM_PVT = BLOCK | {"ffn.branch.dwconv.": "mlp.dwconv."}
+TIMM_NEXT = NEXT | {"1.mlp.fc1.": "mlp.fc1.", "1.mlp.fc2.": "mlp.fc2."}
+
+
+def last(x):
+    return x.permute(0, 2, 3, 1)
+
+
+# case: (ours, timm's module and constructor arguments, prefixes ours -> theirs, grid, how to call theirs with (B, C, H, W))
+TIMM_BLOCKS = {
+    **{f"pvt_v2 R={r}": (partial(block, "sra", "mix", "pre", 64, 2, r, 1e-6), ("pvt_v2", "Block", dict(dim=64, num_heads=2, sr_ratio=r, qkv_bias=True)),
+                         TIMM_PVT, (9, 14), lambda m, x: layers.grid(m(layers.tokens(x), x.shape[2:]), x)) for r in (1, 4)},
+    "pvt_v2 linear": (partial(block, "lsra", "mix_relu", "pre", 64, 2, 4, 1e-6),
+                      ("pvt_v2", "Block", dict(dim=64, num_heads=2, sr_ratio=4, linear_attn=True, qkv_bias=True)),
+                      TIMM_PVT, (9, 13), lambda m, x: layers.grid(m(layers.tokens(x), x.shape[2:]), x)),
+    **{f"swin shift={3 * i}": (partial(block, "window", "mlp", "pre", 64, 2, 1, 1e-5, index=i),
+                               ("swin_transformer", "SwinTransformerBlock", dict(dim=64, input_resolution=(14, 21), num_heads=2, shift_size=3 * i)),
+                               BLOCK, (14, 21), lambda m, x: m(last(x)).permute(0, 3, 1, 2)) for i in (0, 1)},
+    "mixer": (partial(block, "mixer", "mlp", "pre", 64, 1, 1, 1e-6), ("mlp_mixer", "MixerBlock", dict(dim=64, seq_len=49)),
+              MIXER, (7, 7), lambda m, x: layers.grid(m(layers.tokens(x)), x)),
+    "next-vit conv": (partial(next_block, layers.NextConvBlock, 96, 64, 2, 96), ("nextvit", "NextConvBlock", dict(in_chs=64, out_chs=96, stride=2)),
+                      TIMM_NEXT, (13, 10), lambda m, x: m(x)),
+    **{f"next-vit transformer R={r}": (
+        partial(next_block, partial(layers.NextTransformerBlock, ATTENTION["emhsa"]), layers.attention_width(128), 96, 1, 128, r, 0),
+        ("nextvit", "NextTransformerBlock", dict(in_chs=96, out_chs=128, drop_path=0.0, sr_ratio=r)), TIMM_NEXT, (9, 10), lambda m, x: m(x))
+       for r in (1, 2)},
+}
+
+
+@pytest.mark.parametrize("case", TIMM_BLOCKS)
+def test_blocks_against_timm(case):
+    timm = pytest.importorskip("timm")
+    make, (module, name, arguments), prefixes, grid, call = TIMM_BLOCKS[case]
+    theirs, ours = getattr(getattr(timm.models, module), name)(**arguments).eval(), make().eval()
+    state = {key: fill(key, value.shape) for key, value in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+    prefixes = prefixes | {"": ""}
+    names = {key: next(b + key[len(a):] for a, b in prefixes.items() if key.startswith(a)) for key in ours.state_dict()}
+    assert sorted(names.values()) == sorted(state)
+    ours.load_state_dict({key: state[names[key]].reshape(value.shape) for key, value in ours.state_dict().items()})
+    width = arguments.get("dim") or arguments["in_chs"]
+    x = images(2, width, *grid)
+    with torch.inference_mode():
+        assert close(ours(x), call(theirs, x), 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
