@@ -1583,10 +1583,10 @@ def test_families_round_trip(name, task, asked, written, monkeypatch, tmp_path):
     report = models.load_pretrained(again, {"meta": {}, "state_dict": state} if task == "seg" else {"model": state, "epoch": 3})
     assert report.format == written and not report.fresh and not report.missing and not report.unexpected
     assert all(torch.equal(a, b) for a, b in zip(donor.state_dict().values(), again.state_dict().values()))
-    other = models.load_pretrained(on_meta(name, task, num_classes=7), state)           # another class count
+    other = models.load_pretrained(on_meta.__wrapped__(name, task, num_classes=7), state)           # another class count
     last = "head.fc" if task == "cls" else "head.classifier"
     assert other.fresh == [f"{last}.weight", f"{last}.bias"] and not other.missing and not other.unexpected
-    cross = on_meta(name, "cls" if task == "seg" else "seg")                            # the other task: the encoder is used
+    cross = on_meta.__wrapped__(name, "cls" if task == "seg" else "seg")                            # the other task: the encoder is used
     if written == "Next-ViT segmentor":
         with pytest.raises(UserError, match="12 unexpected"):                           # its norms are in the trunk
             models.load_pretrained(cross, state)
