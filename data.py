@@ -506,8 +506,8 @@ def found_classes(root, zero_is_class):
 class Shapes(EpochDataset):
     """Textured shapes on two textured grounds, drawn and not stored: image i of a split is a pure function of (split, i).
 
-    Colour narrows a shape down to two classes and no further: disc and pearl share a family of hues, square and cross, triangle
-    and star; only the ring has its own. A "pearl" is a disc that lies inside a square. The grounds have any greyish colour and
+    Colour narrows a shape down to two classes and no further: disc and pearl share a family of hues, square and star, ring and
+    cross; only the triangle has its own. A "pearl" is a disc that lies inside a square. The grounds have any greyish colour and
     differ in texture (a wave or none). Items as those of FolderSegmentation; in training the scale is drawn from 0.8..1.25.
     """
     classes = ["plain ground", "striped ground", "disc", "square", "triangle", "star", "ring", "cross", "pearl"]
@@ -575,7 +575,7 @@ def _paint(rng, image, labels, x, y, kind, center, radius, turn):
     labels[inside] = kind
 
 
-HUES = {2: 0.0, 8: 0.0, 3: 0.33, 7: 0.33, 4: 0.62, 5: 0.62, 6: 0.83}    # of the shapes, by class
+HUES = {2: 0.0, 8: 0.0, 3: 0.33, 5: 0.33, 6: 0.62, 7: 0.62, 4: 0.83}    # of the shapes, by class
 
 
 def _texture(rng, x, y, kind, color=None):

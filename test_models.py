@@ -2631,7 +2631,7 @@ def test_shapes_are_pure_functions_of_split_and_index():
     share = val.labels.flatten().long().bincount(minlength=9) / val.labels.numel()
     assert (share > 0.01).all() and len(share) == data.Shapes.num_classes >= 8 and val.labels.max() < 9
     means = torch.stack([val.images.reshape(-1, 3)[val.labels.flatten() == k].float().mean(0) for k in range(9)])
-    for pair in ((0, 1), (2, 8), (3, 7), (4, 5)):                   # colour alone does not tell which of the two it is
+    for pair in ((0, 1), (2, 8), (3, 5), (6, 7)):                   # colour alone does not tell which of the two it is
         assert (means[pair[0]] - means[pair[1]]).abs().max() < 15
 
 

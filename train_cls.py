@@ -29,9 +29,9 @@ from data import UserError
 from eval import evaluate_cls
 
 RECIPE = dict(model="segformer_b2", image_size=224, epochs=300, batch_size=128, weight_decay=0.05,      # on --data-path
-              rand_augment=True, erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, repeats=3)
+              rand_augment=True, erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, repeats=3, workers=2)
 QUICK = dict(model="segformer_b0", image_size=64, epochs=10, batch_size=16, lr=2e-3, weight_decay=0.05, drop_path=0.0,
-             rand_augment=False, erase=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1, repeats=1)
+             rand_augment=False, erase=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1, repeats=1, workers=0)
 
 # The same run may go on with other values of these, as long as the effective batch stays.
 MAY_CHANGE = {"output_dir", "resume", "device", "workers", "compile", "batch_size", "accum"}
@@ -66,7 +66,7 @@ def arguments(argv=None):
     add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (CUDA)")
     add("--compile", action="store_true", help="torch.compile the model for training")
     add("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default 0)")
-    add("--workers", type=int, default=2, help="loader processes per training process (default 2)")
+    add("--workers", type=int, help=f"loader processes per training process {default('workers')}")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--output-dir", help="default runs/cls-MODEL-DATA; a folder that holds a last.pt is continued")
     add("--resume", help="begin a new folder with the last.pt of this one")

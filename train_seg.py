@@ -28,8 +28,9 @@ from data import UserError
 from eval import evaluate_seg, predict
 from layers import UpsampledCrossEntropy
 
-RECIPE = dict(model="segformer_b2", crop=512, epochs=60, batch_size=16, lr=6e-5, weight_decay=0.01)     # on --data-path
-QUICK = dict(model="segformer_b0", crop=64, epochs=14, batch_size=16, lr=3e-3, weight_decay=0.01, drop_path=0.0)
+RECIPE = dict(model="segformer_b2", crop=512, epochs=60, batch_size=16, lr=6e-5, weight_decay=0.01, workers=2)   # on --data-path
+QUICK = dict(model="segformer_b0", crop=64, epochs=10, batch_size=8, lr=3e-3, weight_decay=0.01, drop_path=0.0,
+             workers=0)
 
 # The same run may go on with other values of these, as long as the effective batch stays.
 MAY_CHANGE = {"output_dir", "resume", "device", "workers", "compile", "batch_size", "accum"}
@@ -59,7 +60,7 @@ def arguments(argv=None):
     add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (CUDA)")
     add("--compile", action="store_true", help="torch.compile the model for training")
     add("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default 0)")
-    add("--workers", type=int, default=2, help="loader processes per training process (default 2)")
+    add("--workers", type=int, help=f"loader processes per training process {default('workers')}")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--output-dir", help="default runs/seg-MODEL-DATA; a folder that holds a last.pt is continued")
     add("--resume", help="begin a new folder with the last.pt of this one")
