@@ -79,14 +79,11 @@ class Attend(nn.Module):
 class Pointwise(nn.Conv2d):
     """A Linear layer on the channels of a map, held as a 1x1 convolution (public files store either shape).
 
-    Computed as the matrix product that it is: on the CPU its backward pass is about a tenth faster than the convolution's.
+    The CPU's convolution is a fifth faster on whole maps than the matrix product that it is; on 7x7 windows it is the reverse.
     """
 
     def __init__(self, in_dim, dim, bias=True):
         super().__init__(in_dim, dim, 1, bias=bias)
-
-    def forward(self, x):
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -401,8 +398,8 @@ class WindowAttention(nn.Module):
         self.heads = heads
         self.shift = self.SHIFT if index % 2 else 0
         self.shift_small = True
-        self.qkv = Pointwise(dim, 3 * dim)
-        self.proj = Pointwise(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * self.SIZE - 1) ** 2, heads))
         nn.init.normal_(self.relative_position_bias_table, std=0.02)
         self.attend = Attend()
@@ -414,12 +411,12 @@ class WindowAttention(nn.Module):
         shift = [self.shift if self.shift_small or side > self.SIZE else 0 for side in y.shape[2:]]
         y = y.roll([-s for s in shift], (2, 3)) if any(shift) else y
         p = windows(y, self.SIZE, self.SIZE)                                    # (P, C, 7, 7)
-        q, k, v = (heads_first(t, self.heads) for t in tokens(self.qkv(p)).chunk(3, -1))    # (P, h, 49, d)
+        q, k, v = (heads_first(t, self.heads) for t in self.qkv(tokens(p)).chunk(3, -1))    # (P, h, 49, d)
         bias = self.bias()
         if any(shift):
             bias = (bias + self.mask(y, shift)).repeat(len(x), 1, 1, 1)         # (P, h, 49, 49)
-        out = self.attend(q, k, v, bias).transpose(1, 2).flatten(2)             # (P, 49, C)
-        out = join_windows(self.proj(grid(out, p)), y)
+        out = self.proj(self.attend(q, k, v, bias).transpose(1, 2).flatten(2))  # (P, 49, C)
+        out = join_windows(grid(out, p), y)
         out = out.roll(shift, (2, 3)) if any(shift) else out
         return out[:, :, :height, :width]
 

@@ -361,8 +361,8 @@ def init_encoder(encoder, linear, conv):
     """Draw the weights of linear layers with std(layer) = linear, of other convolutions with conv; None: PyTorch's own.
     Biases are 0; norms keep 1 and 0. The sources' trunc_normal_ cuts at ±2, that is 100 standard deviations: never."""
     for m in encoder.modules():
-        if isinstance(m, (nn.Conv1d, nn.Conv2d)):
-            std = linear if isinstance(m, (layers.Pointwise, nn.Conv1d)) else conv
+        if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            std = linear if isinstance(m, (layers.Pointwise, nn.Linear, nn.Conv1d)) else conv
             if std is not None and not m.weight.is_meta:        # slow there, and for nothing
                 nn.init.normal_(m.weight, std=std(m))
                 if m.bias is not None:
