@@ -804,7 +804,7 @@ class MlpHead(nn.Module):
 
     def forward(self, maps):
         x = self.fuse.norm(self.mix(maps))
-        return self.classifier(self.dropout(self.act(x)))
+        return self.classifier(self.act(self.dropout(x)))       # the scale of a channel passes ReLU: one map less to keep
 
     def mix(self, maps):
         return self.sum(self.fuse.conv, maps[::-1], self.projections[::-1])
@@ -836,10 +836,15 @@ class MergedMlpHead(nn.Module):
         self.classifier = head.classifier
 
     def forward(self, maps):
-        x = self.levels[0](maps[0])
-        for level, y in zip(self.levels[1:], maps[1:]):
-            x += resize(level(y), x.shape[2:])
-        return self.classifier(self.act(x))
+        size = maps[0].shape[2:]
+        coarse = [level(y) for level, y in zip(self.levels[1:], maps[1:])]
+        out = []
+        for start, stop in _strips(size[0], len(maps[0]) * self.classifier.in_channels * size[1]):     # to stay in the cache
+            x = self.levels[0](maps[0][:, :, start:stop])
+            for y in coarse:
+                x += _upsample_strip(y, start, stop, size).permute(0, 3, 1, 2)
+            out.append(self.classifier(self.act(x)))
+        return torch.cat(out, 2)
 
 
 class NMF(nn.Module):
@@ -1178,8 +1183,9 @@ def _strips(height, row_size):
 def _rows(start, stop, height, like):
     """The vertical half of a bilinear resize to `height`, as a matrix: first and last+1 source row, weights (rows, sources)."""
     h = like.shape[2]
+    first = int(max((start + 0.5) * h / height - 0.5, 0))
+    last = min(int((stop - 0.5) * h / height - 0.5) + 2, h)
     source = ((torch.arange(start, stop, dtype=torch.float64) + 0.5) * (h / height) - 0.5).clamp(0, h - 1)
-    first, last = int(source[0]), min(int(source[-1]) + 2, h)
     weights = (1 - (source[:, None] - torch.arange(first, last)).abs()).clamp(min=0)
     return first, last, weights.to(like)
 
