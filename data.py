@@ -276,7 +276,7 @@ def color_and_normalise(image, matrix, offset, view):
     weight = torch.from_numpy((matrix / (255 * std)).astype(np.float32))
     bias = torch.from_numpy(((offset[:, None] / 255 - mean) / std).astype(np.float32))
     low, high = (-mean / std).flatten().tolist(), ((1 - mean) / std).flatten().tolist()
-    for rows, out in zip(image.split(64), view[:, :h, :w].split(64, 1)):
+    for rows, out in zip(image.split(256), view[:, :h, :w].split(256, 1)):
         planes = torch.empty(out.shape).copy_(rows.permute(2, 0, 1)).view(3, -1)
         planes = torch.addmm(bias, weight, planes).view(out.shape)
         for c in range(3):

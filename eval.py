@@ -75,6 +75,8 @@ class ConfusionMatrix:
 
     def summary(self):
         """{"aAcc", "mIoU", "mAcc"} in percent; the means leave out classes that do not occur."""
+        if not self.counts.any():
+            raise UserError("the masks of the validation split hold no labelled pixel, all are ignored: nothing to measure")
         all_pixels = self.counts.diag().sum().double() / self.counts.sum()
         return {name: 100 * value.item() for name, value in
                 (("aAcc", all_pixels), ("mIoU", self.iou().nanmean()), ("mAcc", self.accuracy().nanmean()))}

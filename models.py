@@ -478,7 +478,7 @@ def read_checkpoint(path):
     except UserError:
         raise
     except Exception as error:      # torch.load reports a broken file by nearly any type of exception
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if "weights_only" in str(error) and "Unsupported operand" not in str(error):        # operand: no pickle at all
             raise UserError(f"{path}: holds Python objects that would run code when loaded, not only tensors; refused. "
                             "If you trust its source, save its state_dict() alone")
         raise UserError(f"{path}: not a readable checkpoint (truncated, damaged or another format)")

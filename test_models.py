@@ -1336,6 +1336,8 @@ def test_hostile_checkpoints_are_refused_in_one_line(tmp_path, capsys):
     refused(path, "truncated")
     path.write_bytes(b"")
     refused(path, "truncated")
+    path.write_text('{"a": 1}')
+    refused(path, "another format")
     flipped = bytearray(good)
     flipped[good.index(torch.arange(1000.).numpy().tobytes()[400:440])] ^= 1
     path.write_bytes(flipped)
@@ -1799,8 +1801,7 @@ def flop_counter_macs(model, size):
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("task", models.CLASSES)
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name, task", [(name, "seg") for name in models.MODELS] + [(name, "cls") for name in FAMILIES.values()])
 def test_count_equals_flop_counter_mode(name, task, monkeypatch):
     """With at most two blocks of a kind in a stage: more of the same take minutes and show nothing new."""
     size = models.SIZES[models.MODELS[name].size]
@@ -1997,6 +1998,8 @@ def test_confusion_matrix_against_brute_force():
     before = matrix.counts.sum()
     matrix.update(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     assert matrix.counts.sum() == before + 1
+    with pytest.raises(UserError, match="no labelled pixel"):
+        eval.ConfusionMatrix(5).summary()
 
 
 class Pairs:
