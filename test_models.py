@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch import nn
 
 import data
 import eval
@@ -108,7 +109,7 @@ def randomise(module):
         if p.numel() > 1 and p.std() == 0:
             p.data += 0.2 * torch.randn_like(p)
     for m in module.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
+        if isinstance(m, nn.BatchNorm2d):
             m.running_mean.normal_(std=0.2), m.running_var.uniform_(0.5, 1.5)
     return module
 
@@ -303,15 +304,15 @@ def block(attn, ffn, skip, dim, heads, reduction, eps, index=0, ratio=4, norm=la
 
 def without_proj(module):
     """Efficient attention as released: without the output projection of SegFormer's blocks."""
-    module.proj = torch.nn.Identity()
+    module.proj = nn.Identity()
     return module
 
 
 def next_block(make, width, in_dim, stride, *more):
     """A Next-ViT block behind the embedding that the released code has inside of it."""
     if stride == 1:
-        return torch.nn.Sequential(torch.nn.Identity(), make(in_dim, *more, 0))
-    return torch.nn.Sequential(layers.NextEmbed(in_dim, width, stride, layers.BatchNorm2d), make(width, *more, 0))
+        return nn.Sequential(nn.Identity(), make(in_dim, *more, 0))
+    return nn.Sequential(layers.NextEmbed(in_dim, width, stride, layers.BatchNorm2d), make(width, *more, 0))
 
 
 # our prefix -> the reference's; the first that fits
@@ -526,7 +527,7 @@ def lsra_formula(m, x):
     q, kv = linear(m.q, rows_of(x)), linear(m.kv, pooled_7x7(m, x))
     dim = q.shape[1]
     out = softmax_attention(q, kv[:, :dim], kv[:, dim:], m.heads)
-    return out if isinstance(m.proj, torch.nn.Identity) else linear(m.proj, out)
+    return out if isinstance(m.proj, nn.Identity) else linear(m.proj, out)
 
 
 def ea_formula(m, x, keys_from=lambda m, x: rows_of(x)):
@@ -543,12 +544,12 @@ def ea_formula(m, x, keys_from=lambda m, x: rows_of(x)):
         parts.append(own @ context)
     out = torch.cat(parts, 1)
     out = linear(m.reprojection, out) + rows_of(x)
-    return out if isinstance(m.proj, torch.nn.Identity) else linear(m.proj, out)
+    return out if isinstance(m.proj, nn.Identity) else linear(m.proj, out)
 
 
 def dest_formula(m, x):
     rows, y = rows_of(x), rows_of(x)
-    if not isinstance(m.sr, torch.nn.Identity):
+    if not isinstance(m.sr, nn.Identity):
         y = batch_norm(m.sr.norm, rows_of(conv(m.sr.conv, x, 0, m.sr.conv.stride[0])))
     q, k = linear(m.q, rows), linear(m.k, y)
     d = q.shape[1] // m.heads
@@ -1094,7 +1095,7 @@ def fails_for_one(model, x):
     seen = []
     model = copy.deepcopy(model).eval()
     for m in model.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
+        if isinstance(m, nn.BatchNorm2d):
             m.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[2:].numel()))
     model(x)
     return 1 in seen
@@ -1168,7 +1169,7 @@ def test_fuse_gives_the_same_outputs(case, task):
     with torch.inference_mode():
         assert close(fused(x), model(x), 1e-10)
     folded = [m for m in fused.modules() if isinstance(m, layers.ConvNorm)]
-    assert not fused.training and not any(isinstance(m.norm, torch.nn.BatchNorm2d) for m in folded)
+    assert not fused.training and not any(isinstance(m.norm, nn.BatchNorm2d) for m in folded)
 
 
 @pytest.mark.parametrize("case", [case for case in SMALL if case in models.MODELS])
@@ -1416,14 +1417,14 @@ def test_equals_transformers_through_a_saved_directory(tmp_path):
     torch.manual_seed(0)
     theirs = hub_segformer(0, 21).eval()
     for m in theirs.modules():
-        if isinstance(m, torch.nn.LayerNorm):
-            torch.nn.init.uniform_(m.weight, 0.5, 1.5), torch.nn.init.normal_(m.bias, std=0.1)
+        if isinstance(m, nn.LayerNorm):
+            nn.init.uniform_(m.weight, 0.5, 1.5), nn.init.normal_(m.bias, std=0.1)
     theirs.save_pretrained(tmp_path)
     ours = models.build("segformer_b0", num_classes=21).eval()
     report = models.load_pretrained(ours, tmp_path)
     assert report.format == "Hugging Face SegFormer" and not report.fresh and not report.unexpected
     for m in ours.encoder.modules():
-        if isinstance(m, torch.nn.LayerNorm):
+        if isinstance(m, nn.LayerNorm):
             m.eps = 1e-5                                # transformers ignores its config's layer_norm_eps
     x = torch.randn(1, 3, 97, 130)
     with torch.inference_mode():
@@ -1524,7 +1525,7 @@ def test_transformers_loads_what_we_export(task, monkeypatch, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert theirs.config.id2label[3] == "car" and theirs.config.architectures == [kind.__name__]
     for m in ours.encoder.modules():
-        if isinstance(m, torch.nn.LayerNorm):
+        if isinstance(m, nn.LayerNorm):
             m.eps = 1e-5                                # transformers ignores its config's layer_norm_eps
     for size in ((224, 224), (97, 130)):
         x = signal("image{}x{}".format(*size), (1, 3, *size))
@@ -1671,10 +1672,10 @@ def test_families_begin_as_their_own_code_does(name, blocks, inner, std):
     torch.manual_seed(0)
     model = models.build(name, "cls")
     for key, m in model.named_modules():
-        if isinstance(m, torch.nn.LayerNorm):
+        if isinstance(m, nn.LayerNorm):
             of_branch = key.endswith((".attn.norm", ".ffn.norm")) or key.count(".") == 3      # encoder.stages.i.norm
             assert m.eps == (blocks if of_branch else inner), key
-        elif isinstance(m, torch.nn.BatchNorm2d):
+        elif isinstance(m, nn.BatchNorm2d):
             assert (m.eps, m.momentum) == (1e-5, 0.1), key
     weights = dict(model.named_parameters())
     for end, expected in std.items():
@@ -1701,7 +1702,7 @@ def test_families_drop_paths_and_stage_norms(name, cls, seg, norms):
             linear = rate * i / (len(blocks) - 1)
             factors = {"drop_attn": 0.75, "drop_mhca": 0.25}
             assert all(p == pytest.approx(factors.get(k, 1) * linear) for k, p in rates.items()) and rates
-        has_norm = [str(i) for i, stage in enumerate(model.encoder.stages) if not isinstance(stage.norm, torch.nn.Identity)]
+        has_norm = [str(i) for i, stage in enumerate(model.encoder.stages) if not isinstance(stage.norm, nn.Identity)]
         assert has_norm == sorted(where)
 
 
@@ -1916,8 +1917,8 @@ def loop_macs(out_shape, dot_length):
 
 
 @pytest.mark.parametrize("module, shape, dot", [
-    (torch.nn.Conv2d(4, 6, 3, stride=2, padding=1), (1, 4, 7, 5), 4 * 9), (torch.nn.Conv2d(4, 8, (1, 3), groups=4), (2, 4, 5, 5), 3),
-    (torch.nn.Linear(5, 3), (2, 7, 5), 5)])
+    (nn.Conv2d(4, 6, 3, stride=2, padding=1), (1, 4, 7, 5), 4 * 9), (nn.Conv2d(4, 8, (1, 3), groups=4), (2, 4, 5, 5), 3),
+    (nn.Linear(5, 3), (2, 7, 5), 5)])
 def test_formulas_against_a_loop(module, shape, dot):
     x = torch.randn(shape)
     out = module(x)
@@ -1944,7 +1945,7 @@ def test_counting_leaves_no_trace():
     assert [m.training for m in model.modules()] == before[1]
     assert all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
-    model.head.act = torch.nn.Softplus()
+    model.head.act = nn.Softplus()
     with pytest.raises(UserError, match="Softplus"):
         flops.count(model, (64, 64))
     assert not any(m._forward_hooks for m in model.modules())
@@ -2873,9 +2874,9 @@ def still(build):
     def wrapped(*args, **more):
         model = build(*args, **more)
         for m in model.modules():
-            if isinstance(m, (torch.nn.Dropout, torch.nn.Dropout2d)):
+            if isinstance(m, (nn.Dropout, nn.Dropout2d)):
                 m.p = 0.0
-            if isinstance(m, torch.nn.BatchNorm2d):
+            if isinstance(m, nn.BatchNorm2d):
                 m.eval().train = lambda mode=True, m=m: m
         return model
     return wrapped
@@ -2991,6 +2992,124 @@ def test_speed_of_segformer(on_demand, index, batch):
         for n in (1, batch):
             a, b = alternate(lambda: fused(mine[:n]), lambda: theirs(pixel_values=x[:n]).logits, 11)
             print(f"segformer_b{index} inference, batch {n}: {a:.3f} s, transformers {b:.3f} s, {b / a:.2f} x as fast")
+
+
+class PlainMSCA(nn.Module):
+    """SegNeXt Eq. 1 and 2 with its inner shortcut, as the formula reads."""
+
+    def __init__(self, dim):
+        super().__init__()
+        conv = lambda *kernel: nn.Conv2d(dim, dim, kernel, padding=[k // 2 for k in kernel], groups=dim)
+        self.first, self.mix, self.last, self.square = nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 1), conv(5, 5)
+        self.strips = nn.ModuleList(nn.Sequential(conv(1, k), conv(k, 1)) for k in (7, 11, 21))
+
+    def forward(self, x):
+        value = F.gelu(self.first(x))
+        square = self.square(value)
+        return self.last(self.mix(square + sum(strip(square) for strip in self.strips)) * value) + x
+
+
+class PlainEfficientAttention(nn.Module):
+    """The module of arXiv 1812.01243, head by head on (B, C, N), with the projection behind it."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = nn.Conv2d(dim, 64, 1), nn.Conv2d(dim, 64, 1), nn.Conv2d(dim, 32, 1)
+        self.back, self.proj = nn.Conv2d(32, dim, 1), nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x):
+        out = []
+        for q, k, v in zip(*(layer(x).flatten(2).chunk(self.heads, 1) for layer in (self.q, self.k, self.v))):
+            out.append((k.softmax(2) @ v.mT).mT @ q.softmax(1))
+        return self.proj(self.back(torch.cat(out, 1).unflatten(2, x.shape[2:])) + x)
+
+
+class PlainDest(nn.Module):
+    """DEST's simplified attention as its paper writes it: the map of rank 1 is built, then multiplied."""
+
+    def __init__(self, dim, heads, reduction):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.sr = nn.Sequential(nn.Conv2d(dim, dim, reduction, reduction), nn.BatchNorm2d(dim)) if reduction > 1 else nn.Identity()
+
+    def forward(self, x):
+        t = layers.tokens(x)
+        q, k = layers.heads_first(self.q(t), self.heads), layers.heads_first(self.k(layers.tokens(self.sr(x))), self.heads)
+        weight = (q @ k.mT * q.shape[-1] ** -0.5).amax(-1).sum(1)
+        return layers.grid(self.proj(t.mean(1, keepdim=True) * weight[..., None]), x)
+
+
+class PlainMixer(nn.Module):
+    """MLP-Mixer's token MLP on the 49 positions of windows that tile the map."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(49, dim // 2), nn.Linear(dim // 2, 49)
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        x = F.pad(x, (0, -w % 7, 0, -h % 7))
+        t = x.unflatten(3, (-1, 7)).unflatten(2, (-1, 7)).transpose(3, 4)       # (B, C, H/7, W/7, 7, 7)
+        t = self.fc2(F.gelu(self.fc1(t.flatten(4)))).view_as(t)
+        return t.transpose(3, 4).reshape(x.shape)[:, :, :h, :w]
+
+
+def speed_pairs():
+    """name: (ours, theirs, width, side of the map, how to call theirs), at the stages of a 512 x 512 image."""
+    pairs, as_map = {}, lambda m, x: m(x)
+    for dim, heads, r, side in zip((64, 128, 320, 512), (1, 2, 5, 8), (8, 4, 2, 1), (128, 64, 32, 16)):
+        for linear, words in ((False, ("sra", "mix")), (True, ("lsra", "mix_relu"))):
+            pairs[f"{'+'.join(words)} {dim}, timm PVTv2"] = (
+                partial(block, *words, "pre", dim, heads, r, 1e-6),
+                lambda timm, linear=linear, dim=dim, heads=heads, r=r: timm.models.pvt_v2.Block(
+                    dim, heads, sr_ratio=r, linear_attn=linear, qkv_bias=True), dim, side, as_tokens)
+        for word, plain in (("msca", PlainMSCA), ("ea", partial(PlainEfficientAttention, heads=2 ** int(np.log2(heads)))),
+                            ("dest", partial(PlainDest, heads=heads, reduction=r)), ("mixer", PlainMixer)):
+            pairs[f"{word} {dim}, plain formula"] = (
+                partial(ATTENTION[word], dim, heads, r), lambda timm, plain=plain, dim=dim: plain(dim), dim, side, as_map)
+    for dim, heads, side in zip((96, 192, 384, 768), (3, 6, 12, 24), (128, 64, 32, 16)):
+        for i in (0, 1):
+            pairs[f"window+mlp {dim} shift {3 * i}, timm Swin"] = (
+                partial(block, "window", "mlp", "pre", dim, heads, 1, 1e-5, index=i),
+                lambda timm, dim=dim, heads=heads, side=side, i=i: timm.models.swin_transformer.SwinTransformerBlock(
+                    dim, (side, side), heads, shift_size=3 * i), dim, side, lambda m, x: m(x.permute(0, 2, 3, 1)))
+    for dim, out, r, side in zip((96, 192, 384, 768), (96, 256, 512, 1024), (8, 4, 2, 1), (128, 64, 32, 16)):
+        pairs[f"NCB {dim}, timm Next-ViT"] = (partial(next_block, layers.NextConvBlock, dim, dim, 1, dim),
+                                              lambda timm, dim=dim: timm.models.nextvit.NextConvBlock(dim, dim), dim, side, as_map)
+        if r < 8:
+            pairs[f"NTB {dim} -> {out}, timm Next-ViT"] = (
+                partial(next_block, NTB, layers.attention_width(out), dim, 1, out, r, 0),
+                lambda timm, dim=dim, out=out, r=r: timm.models.nextvit.NextTransformerBlock(dim, out, drop_path=0.0, sr_ratio=r),
+                dim, side, as_map)
+    return pairs
+
+
+SPEED_PAIRS = speed_pairs()
+
+
+@pytest.mark.parametrize("pair", SPEED_PAIRS)
+def test_speed_of_blocks(on_demand, pair):
+    """Inference, and a training pass forward and backward, batch 1, float32."""
+    make, other, dim, side, call = SPEED_PAIRS[pair]
+    ours, theirs = make().to(memory_format=torch.channels_last), other(pytest.importorskip("timm"))
+    x = torch.randn(1, dim, side, side)
+    mine = x.to(memory_format=torch.channels_last)
+    x = mine if call is as_tokens or "Swin" in pair else x      # what their own layout makes of a map is a view then
+    figures = []
+    for training in (False, True):
+        ours.train(training), theirs.train(training)
+        mine.requires_grad_(training), x.requires_grad_(training)
+
+        def run(module, x):
+            with torch.set_grad_enabled(training):
+                y = module(x)
+                if training:
+                    y.sum().backward()
+        a, b = alternate(lambda: run(ours, mine), lambda: run(partial(call, theirs), x), 9)
+        figures.append(f"{a * 1e3:8.1f} / {b * 1e3:8.1f} ms = {a / b:.2f}")
+    print(f"\n{pair:40} ours / theirs: inference {figures[0]}, training {figures[1]}")
 
 
 MEMORY = """
