@@ -14,6 +14,7 @@ One interface per slot; a block is added by writing its class and one line in th
 Residual, outer norm and drop-path belong to the skip, never to a mixer (exceptions are commented where they stand).
 """
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,11 @@ def join_windows(x, like):
     size = x.shape[2]
     x = x.permute(0, 2, 3, 1).unflatten(0, (len(like), -1, like.shape[3] // size))      # (B, h, w, s, s, C)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def full_precision(x):
+    """A context without autocast on the device of x."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)         # autocast knows no meta device
 
 
 class MatMul(nn.Module):
@@ -104,13 +110,6 @@ class ConvNorm(nn.Sequential):
             self.act = act
 
 
-def conv_bn_relu(in_dim, dim, kernel=1, stride=1):
-    """mmcv's ConvModule: convolution without bias, BatchNorm, ReLU; He-normal on the fan-out."""
-    conv = nn.Conv2d(in_dim, dim, kernel, stride, kernel // 2, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return ConvNorm(conv, BatchNorm2d(dim), nn.ReLU())
-
-
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): in training, drop a sample's whole branch with probability p, scale the rest by 1/(1-p)."""
 
@@ -136,8 +135,19 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x):
         if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
             raise UserError("BatchNorm in training mode got one image whose map is 1 x 1: no variance to estimate; "
-                            "use --batch-size 2 or more, or larger images")
+                            "use --batch-size 2 or more, or larger images (of no help where lawin pools the whole image)")
         return super().forward(x)
+
+
+def conv_norm(norm, in_dim, dim, kernel=1, act=nn.ReLU):
+    """mmcv's ConvModule: convolution without bias, norm, activation; He-normal on the fan-out."""
+    conv = nn.Conv2d(in_dim, dim, kernel, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return ConvNorm(conv, norm(dim), act and act())
+
+
+conv_bn_relu = partial(conv_norm, BatchNorm2d)
+conv_gn = partial(conv_norm, partial(nn.GroupNorm, 32))
 
 
 NORM = {
@@ -151,7 +161,7 @@ NORM = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 class OverlapEmbed(ConvNorm):
-    """Overlapping patches: a strided 7x7 (stem) or 3x3 convolution, then a norm (SegFormer §3.1; PVTv2 §3.2).
+    """Overlapping patches: a strided 7x7 (stem) or 3x3 convolution, then a norm (SegFormer §3.1; PVTv2 §3.3).
 
     Zero padding k//2 gives ceil(H/s) for any H. The norm's eps is 1e-5 here, whatever the blocks use.
     """
@@ -237,8 +247,9 @@ class SpatialReductionAttention(nn.Module):
 
     q = Wq x;  k, v = Wkv LN(conv_{RxR, stride R}(x)) for R > 1, else Wkv x;  out = Wo softmax(q kᵀ / √d) v
     As in the released code, the reducing convolution has no padding: rows and columns that do not fill a cell are not
-    seen as keys, so a map needs H, W >= R. LN has eps 1e-5. Cost: 2NC² + 2MC² + NC² (R > 1) + 2NMC, M = ⌊H/R⌋⌊W/R⌋.
+    seen as keys, so a map needs H, W >= R. LN has eps 1e-5. Cost: 2NC² + 2MC² + M R² C² (R > 1) + 2NMC, M = ⌊H/R⌋⌊W/R⌋.
     """
+    reduces = True          # needs a grid of at least R x R
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
@@ -251,10 +262,6 @@ class SpatialReductionAttention(nn.Module):
             self.sr = nn.Conv2d(dim, dim, reduction, reduction)
             self.norm = LayerNorm2d(dim)
         self.reduction = reduction
-
-    @staticmethod
-    def smallest_grid(reduction):
-        return reduction
 
     def reduce(self, x):
         return self.norm(self.sr(x)) if self.reduction > 1 else x   # (B, C, H/R, W/R)
@@ -271,11 +278,12 @@ POOL = 7        # side of the grid that linear attention pools its keys to
 
 
 class LinearSRA(SpatialReductionAttention):
-    """Attention to a map pooled to 7x7, whatever the image's size: cost linear in N (PVTv2, arXiv 2106.13797 §3.3).
+    """Attention to a map pooled to 7x7, whatever the image's size: cost linear in N (PVTv2, arXiv 2106.13797 §3.2).
 
     As SpatialReductionAttention, with keys and values from GELU(LN(W mean_7x7(x))); R is not used. A map smaller than 7x7 is
     repeated, not pooled, as the released code does. Cost: 2NC² + 49 (3C² + 2NC).
     """
+    reduces = False
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__(dim, heads, 1)
@@ -284,16 +292,12 @@ class LinearSRA(SpatialReductionAttention):
         self.norm = LayerNorm2d(dim)
         self.act = nn.GELU()
 
-    @staticmethod
-    def smallest_grid(reduction):
-        return 1
-
     def reduce(self, x):
         return self.act(self.norm(self.sr(self.pool(x))))           # (B, C, 7, 7)
 
 
 class LinearSRANoProj(LinearSRA):
-    """LinearSRA without the output projection: the block of the original project's final model; saves NC² + C² + C."""
+    """LinearSRA without the output projection: the block of the original project's final model; saves NC² multiply-adds and C² + C parameters."""
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__(dim, heads, reduction)
@@ -363,6 +367,7 @@ class SimplifiedAttention(nn.Module):
     The heads only add up, so the map before Wo has rank 1, and Wo meets one vector an image: NC² - C² multiply-adds less than
     written. Cost: NC² + MC² + M R² C² (R > 1) + NMC + C².
     """
+    reduces = True
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
@@ -372,8 +377,6 @@ class SimplifiedAttention(nn.Module):
         self.proj = Pointwise(dim, dim)
         self.sr = ConvNorm(nn.Conv2d(dim, dim, reduction, reduction), BatchNorm2d(dim)) if reduction > 1 else nn.Identity()
         self.matmul = MatMul()
-
-    smallest_grid = SpatialReductionAttention.smallest_grid
 
     def forward(self, x):
         q = heads_first(tokens(self.q(x)), self.heads)                          # (B, h, N, d)
@@ -469,7 +472,7 @@ class TokenMixer(nn.Module):
 
     y = W4 GELU(W3 x + b3) + b4 along the 49 positions of a window, hidden width C/2; zeros fill the last windows. Without a
     shift: between windows, the FFN's 3x3 convolution and the embeddings carry what there is. erf GELU, as in timm; the
-    original has the tanh form. Cost: 49 NC.
+    original has the tanh form. Cost: NC² for the padded N.
     """
     SIZE = 7
 
@@ -489,7 +492,7 @@ class TokenMixer(nn.Module):
 
 
 class MHCA(nn.Module):
-    """Multi-head convolutional attention: W ReLU(BN(3x3 convolution in groups of channels)) (Next-ViT, arXiv 2207.05501 §3.3).
+    """Multi-head convolutional attention: W ReLU(BN(3x3 convolution in groups of channels)) (Next-ViT, arXiv 2207.05501 §3.2).
 
     A head is a group; the 1x1 convolution lets them talk. No bias. Cost: 9NC²/h + NC².
     """
@@ -504,11 +507,12 @@ class MHCA(nn.Module):
 
 
 class EMHSA(nn.Module):
-    """Attention whose keys are means of R² consecutive tokens (Next-ViT's E-MHSA, arXiv 2207.05501 §3.4, Eq. 4).
+    """Attention whose keys are means of R² consecutive tokens (Next-ViT's E-MHSA, arXiv 2207.05501 §3.3, Eq. 4).
 
     k, v from BN(mean of R² tokens) for R > 1. As in the released code the tokens are those of the flattened map, R² along a
     row and not R x R, and the last ones that do not fill a mean are not seen. Cost: 2NC² + 2MC² + 2NMC, M = ⌊N/R²⌋.
     """
+    reduces = True
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
@@ -518,8 +522,6 @@ class EMHSA(nn.Module):
         if reduction > 1:
             self.norm = BatchNorm2d(dim)
         self.attend = Attend()
-
-    smallest_grid = SpatialReductionAttention.smallest_grid
 
     def forward(self, x):
         y = x
@@ -677,7 +679,7 @@ class Block(nn.Sequential):
 
 
 class NextConvBlock(nn.Module):
-    """NCB: x + MHCA(x), then x + MLP(BN(x)) with ReLU and ratio 3 (Next-ViT, arXiv 2207.05501 §3.3). MHCA has no norm before it."""
+    """NCB: x + MHCA(x), then x + MLP(BN(x)) with ReLU and ratio 3 (Next-ViT, arXiv 2207.05501 §3.2). MHCA has no norm before it."""
 
     def __init__(self, in_dim, dim, drop_path):
         super().__init__()
@@ -694,7 +696,7 @@ class NextConvBlock(nn.Module):
 
 
 class NextTransformerBlock(nn.Module):
-    """NTB: attention on 3/4 of the channels, MHCA on a projection of them, both kept; then an MLP of ratio 2 (§3.4, Eq. 5).
+    """NTB: attention on 3/4 of the channels, MHCA on a projection of them, both kept; then an MLP of ratio 2 (§3.3, Eq. 6).
 
     y = x + attention(BN(x));  z = p + MHCA(p), p = BN(W y);  out = c + MLP(BN(c)), c = cat(y, z)
     Drop-path rates of the three: 0.75, 0.25 and 1 times the block's.
@@ -752,7 +754,7 @@ class UpsampledSum(nn.Module):
     F cat_i(up(W_i x_i + b_i)) + f = Σ_i up((F_i W_i) x_i) + Σ_i F_i b_i + f
     holds exactly, because bilinear up-sampling is linear, acts on each channel alone and its weights sum to 1. So each
     level is multiplied at its own resolution, with the merged matrix F_i W_i made anew from the two weights at each call:
-    same parameters, same function, same gradients, fewer multiply-adds (E² Σ C_i for the merge).
+    same parameters, same function, same gradients, fewer multiply-adds (P E Σ C_i for the merge, P the width of the projections).
     """
 
     def __init__(self):
@@ -795,16 +797,14 @@ class MlpHead(nn.Module):
     def __init__(self, dims, num_classes, width, rank=None):
         super().__init__()
         self.projections = nn.ModuleList(Pointwise(dim, width) for dim in dims)
-        self.fuse = ConvNorm(nn.Conv2d(4 * width, width, 1, bias=False), BatchNorm2d(width))
-        nn.init.kaiming_normal_(self.fuse.conv.weight, mode="fan_out", nonlinearity="relu")
+        self.fuse = conv_bn_relu(4 * width, width)
         self.sum = UpsampledSum()
-        self.act = nn.ReLU()
         self.dropout = nn.Dropout2d(0.1)
         self.classifier = Pointwise(width, num_classes)
 
     def forward(self, maps):
         x = self.fuse.norm(self.mix(maps))
-        return self.classifier(self.act(self.dropout(x)))       # the scale of a channel passes ReLU: one map less to keep
+        return self.classifier(self.fuse.act(self.dropout(x)))       # the scale of a channel passes ReLU: one map less to keep
 
     def mix(self, maps):
         return self.sum(self.fuse.conv, maps[::-1], self.projections[::-1])
@@ -839,7 +839,7 @@ class MergedMlpHead(nn.Module):
         size = maps[0].shape[2:]
         coarse = [level(y) for level, y in zip(self.levels[1:], maps[1:])]
         out = []
-        for start, stop in _strips(size[0], len(maps[0]) * self.classifier.in_channels * size[1]):     # to stay in the cache
+        for start, stop in _strips(size[0], len(maps[0]) * self.classifier.in_channels * size[1], maps[0].device):
             x = self.levels[0](maps[0][:, :, start:stop])
             for y in coarse:
                 x += _upsample_strip(y, start, stop, size).permute(0, 3, 1, 2)
@@ -879,8 +879,7 @@ class NMF(nn.Module):
         return self
 
     def forward(self, x):
-        device = "cpu" if x.is_meta else x.device.type                      # autocast knows no meta device
-        with torch.autocast(device, enabled=False):
+        with full_precision(x):
             t = tokens(x).to(torch.promote_types(x.dtype, torch.float32))   # (B, N, d)
             return grid(self.approximate(t), x).to(x.dtype)
 
@@ -907,13 +906,6 @@ class NMF(nn.Module):
         return codes * product / (self.matmul(codes, gram) + self.eps)
 
 
-def conv_gn(in_dim, dim, act=None):
-    """1x1 convolution without bias, GroupNorm of 32 groups; He-normal on the fan-out."""
-    conv = Pointwise(in_dim, dim, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return ConvNorm(conv, nn.GroupNorm(32, dim), act)
-
-
 def classifier(dim, num_classes):
     """mmseg's last layer: 1x1 convolution, N(0, 0.01)."""
     conv = Pointwise(dim, num_classes)
@@ -932,15 +924,15 @@ class HamHead(nn.Module):
 
     def __init__(self, dims, num_classes, width, rank):
         super().__init__()
-        self.squeeze = conv_gn(sum(dims[1:]), width, nn.ReLU())
+        self.squeeze = conv_gn(sum(dims[1:]), width)
         self.sum = UpsampledSum()
         self.ham_in = Pointwise(width, width)
         nn.init.kaiming_normal_(self.ham_in.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.ham_in.bias)
         self.nmf = NMF(width, rank, steps=(6, 7), eps=1e-6)
-        self.ham_out = conv_gn(width, width)
+        self.ham_out = conv_gn(width, width, act=None)
         self.act = nn.ReLU()
-        self.align = conv_gn(width, width, nn.ReLU())
+        self.align = conv_gn(width, width)
         self.dropout = nn.Dropout2d(0.1)
         self.classifier = classifier(width, num_classes)
 
@@ -1171,12 +1163,12 @@ HEAD = {
 # Loss and prediction at the labels' resolution, without logits of that resolution
 # ---------------------------------------------------------------------------------------------------------------------
 
-STRIP = 2 ** 20     # elements of up-sampled logits held at once: small enough for a CPU's cache, large enough for a GPU
+STRIP = {"cpu": 2 ** 20, "cuda": 2 ** 25}   # elements of up-sampled logits held at once: a CPU's cache; enough for a GPU to do
 
 
-def _strips(height, row_size):
-    """Split the rows of the output into [start, stop) pairs; a function of shapes alone, so that runs repeat bit for bit."""
-    rows = max(1, STRIP // row_size)
+def _strips(height, row_size, device):
+    """Split the rows of the output into [start, stop) pairs; a function of shapes and device alone, so that runs repeat."""
+    rows = max(1, STRIP.get(device.type, STRIP["cpu"]) // row_size)
     return [(y, min(y + rows, height)) for y in range(0, height, rows)]
 
 
@@ -1216,7 +1208,7 @@ class _CrossEntropy(torch.autograd.Function):
         size = labels.shape[1:]
         grad = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         total = x.new_zeros(())
-        for start, stop in _strips(size[0], x.shape[0] * x.shape[1] * size[1]):
+        for start, stop in _strips(size[0], x.shape[0] * x.shape[1] * size[1], x.device):
             z = _upsample_strip(x, start, stop, size)                                   # (B, rows, W, K)
             label = labels[:, start:stop, :, None]
             valid = label != ignore_index
@@ -1257,7 +1249,8 @@ class UpsampledCrossEntropy(nn.Module):
         if count is None:
             count = (labels != self.ignore_index).sum()
         count = torch.as_tensor(count, device=logits.device).clamp(min=1)
-        return _CrossEntropy.apply(logits, labels, count, self.ignore_index)
+        with full_precision(logits):
+            return _CrossEntropy.apply(logits, labels, count, self.ignore_index)
 
 
 def upsampled_argmax(views, size):
@@ -1268,7 +1261,8 @@ def upsampled_argmax(views, size):
     """
     views = [v.to(torch.promote_types(v.dtype, torch.float32), memory_format=torch.channels_last) for v in views]
     out = []
-    for start, stop in _strips(size[0], views[0].shape[0] * size[1] * views[0].shape[1]):
-        scores = [_upsample_strip(v, start, stop, size) for v in views]
+    for start, stop in _strips(size[0], views[0].shape[0] * size[1] * views[0].shape[1], views[0].device):
+        with full_precision(views[0]):
+            scores = [_upsample_strip(v, start, stop, size) for v in views]
         out.append((scores[0] if len(scores) == 1 else sum(z.softmax(-1) for z in scores)).argmax(-1))
     return torch.cat(out, 1)

@@ -10,6 +10,7 @@ import argparse
 import copy
 import io
 import json
+import math
 import mmap
 import os
 import pathlib
@@ -156,7 +157,7 @@ class Spec:
         return "-".join([self.name] + [f"{slot}={join(word)}" for slot, word in self.overrides.items()])
 
 
-NEXT = dict(embed="next", attn="emhsa", ffn="mlp", norm="bn")       # ffn, norm and skip: what the stages themselves have
+NEXT = dict(embed="next", attn="emhsa", ffn="mlp", norm="bn")       # ffn, norm, skip: the stages' own; stage 1 has no attention
 MODELS = {spec.name: spec for spec in [
     *(Spec(f"segformer_b{i}", f"mit_b{i}") for i in range(6)),
     *(Spec(f"pvt_v2_b{i}", f"pvt_v2_b{i}", head="fpn") for i in range(6)),
@@ -248,25 +249,18 @@ def build_stage(spec, i, task, rates, reads):
     size = SIZES[spec.size]
     dim, heads, reduction, ratio = (t[i] for t in (size.dims, size.heads, size.reductions, size.ratios))
     words = {slot: SLOTS[slot][spec.words(slot)[i]] for slot in ("embed", "attn", "ffn", "norm", "skip")}
-    # the row's eps is a LayerNorm's; a BatchNorm has 1e-5 in every source
-    norm = partial(words["norm"], eps=size.eps) if words["norm"] is NORM["ln"] else words["norm"]
+    layer_norm = partial(NORM["ln"], eps=size.eps)          # the row's eps is a LayerNorm's; a BatchNorm has 1e-5 in every source
+    norm = layer_norm if words["norm"] is NORM["ln"] else words["norm"]
     first = dim
     if size.groups is None:
         blocks = [layers.Block(words["skip"](words["attn"](dim, heads, reduction, j), dim, norm, rate),
                                words["skip"](words["ffn"](dim, ratio), dim, norm, rate)) for j, rate in enumerate(rates)]
     else:
         first, blocks = next_vit_blocks(words["attn"], dim, reduction, rates, size.groups[i])
-    if task == "cls":
-        for module in blocks:
-            for m in module.modules():
-                if isinstance(m, layers.WindowAttention):
-                    m.shift_small = False
     embed = words["embed"](size.dims[i - 1] if i else 3, first, 2 if i else 4, words["norm"])
     kind, where, in_trunk = STAGE_NORM[size.stage_norm]
-    wanted = where == "all" or where == "seg" and (reads if task == "seg" else i == 3)
-    stage_norm = nn.Identity()
-    if wanted:
-        stage_norm = kind(dim, eps=size.eps) if kind is NORM["ln"] else kind(dim)
+    wanted = where == "all" or where == "seg" and (reads or in_trunk if task == "seg" else i == 3)
+    stage_norm = (layer_norm if kind is NORM["ln"] else kind)(dim) if wanted else nn.Identity()
     return Stage(embed, nn.Sequential(*blocks), stage_norm, in_trunk)
 
 
@@ -297,6 +291,8 @@ def build(name, task="seg", num_classes=None, drop_path=None, **slots):
     size = SIZES[spec.size]
     num_classes = CLASSES[task] if num_classes is None else num_classes
     rate = size.drop_path[task == "seg"] if drop_path is None else drop_path
+    if not 0 <= rate < 1:
+        raise UserError(f"drop_path {rate}: must be at least 0 and below 1")
     last = max(sum(size.depths) - 1, 1)
     rates = [rate * i / last for i in range(sum(size.depths))]
     head = HEAD[spec.head]
@@ -312,6 +308,9 @@ def build(name, task="seg", num_classes=None, drop_path=None, **slots):
         nn.init.normal_(head.fc.weight, std=0.02)           # as every family has it
         nn.init.zeros_(head.fc.bias)
     model = Model(spec, task, num_classes, Encoder(stages, smallest_image(spec)), head)
+    for m in model.modules():
+        if isinstance(m, layers.WindowAttention):
+            m.shift_small = task == "seg"
     init_encoder(model.encoder, *INIT[size.init])
     return model
 
@@ -326,7 +325,7 @@ def make_spec(name, **slots):
             raise UserError(f"slot {slot!r} is not known; choose from: {', '.join(SLOTS)}")
         if words is None:
             continue
-        words = tuple(words.split(",")) if isinstance(words, str) else tuple(words)
+        words = tuple(word.strip() for word in words.split(",")) if isinstance(words, str) else tuple(words)
         for word in words:
             if word not in SLOTS[slot]:
                 raise UserError(f"--{slot} {word!r} is not known; choose from: {', '.join(SLOTS[slot])}")
@@ -353,7 +352,8 @@ def head_width(spec):
 def smallest_image(spec):
     """Smallest side in pixels: each stage's grid, the side divided by 4, 8, 16, 32 and rounded up, must hold its reduction."""
     size = SIZES[spec.size]
-    need = [getattr(ATTENTION[word], "smallest_grid", lambda r: 1)(r) for word, r in zip(spec.words("attn"), size.reductions)]
+    need = [r if getattr(ATTENTION[word], "reduces", False) and (size.groups is None or size.groups[i]) else 1
+            for i, (word, r) in enumerate(zip(spec.words("attn"), size.reductions))]
     return max((n - 1) * 4 * 2 ** i + 1 for i, n in enumerate(need))
 
 
@@ -369,14 +369,11 @@ def init_encoder(encoder, linear, conv):
                     nn.init.zeros_(m.bias)
 
 
-def small(layer):
-    return 0.02
-
-
 def by_fan_out(layer):
-    return (2 / (layer.kernel_size[0] * layer.kernel_size[-1] * layer.out_channels // layer.groups)) ** 0.5
+    return (2 / (layer.weight[0, 0].numel() * len(layer.weight) // getattr(layer, "groups", 1))) ** 0.5
 
 
+small = lambda layer: 0.02
 INIT = {    # (linear layers, other convolutions)
     "mit": (small, by_fan_out),             # MiT, PVTv2, DEST
     "mscan": (by_fan_out, by_fan_out),
@@ -408,19 +405,13 @@ def describe(model):
     return {"name": model.spec.name, "slots": slots, "task": model.task, "num_classes": model.num_classes}
 
 
-def from_description(description, **overrides):
-    """Build the model of `describe`; overrides as the keywords of `build`."""
-    d = {**description, **overrides}
-    return build(d["name"], d["task"], d["num_classes"], d.get("drop_path"), **d["slots"])
-
-
 def parameter_groups(model, lr, weight_decay, head_lr_factor=10.0):
     """Groups for AdamW: the head learns `head_lr_factor` times as fast (SegFormer's recipe, a new decoder on a trained
     encoder); norms, biases, layer scales and other vectors do not decay. Each group keeps its "lr_factor" for schedules."""
     groups = {}
     for name, p in model.named_parameters():
         part = "head" if name.startswith("head.") else "encoder"
-        decays = p.ndim > 1 and "bias_table" not in name
+        decays = p.ndim > 1 and not name.endswith(("bias", "bias_table"))
         groups.setdefault((part, decays), []).append(p)
     return [{"name": f"{part}, {'decayed' if decays else 'not decayed'}", "params": params,
              "lr_factor": (factor := head_lr_factor if part == "head" else 1.0), "lr": lr * factor,
@@ -453,6 +444,7 @@ def write_file(path, parts):
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
+        part.unlink(missing_ok=True)            # room on a full disk
         raise UserError(f"{path}: cannot be written ({error.strerror}); the previous one, if any, is untouched")
 
 
@@ -547,9 +539,7 @@ def read_safetensors(path):
         refuse("an entry lacks a known dtype, a shape or two offsets")
     tensors = {}
     for name, (first, last, shape, dtype) in sorted(entries.items(), key=lambda e: e[1][:2]):
-        count = 1
-        for n in shape:
-            count *= n
+        count = math.prod(shape)
         if first != end or last - first != count * dtype.itemsize or start + last > total:
             refuse(f"{name}: its bytes {first}:{last} overlap, leave a hole, or do not fit its shape {shape} or the file")
         end = last
@@ -614,19 +604,14 @@ MSCAN = """
     encoder.stages.0.embed.1.norm                               patch_embed1.proj.4
     encoder.stages.{i}.embed.0.conv                             patch_embed{I}.proj
     encoder.stages.{i}.embed.0.norm                             patch_embed{I}.norm
-    encoder.stages.{i}.blocks.{j}.attn.norm                     block{I}.{j}.norm1
     encoder.stages.{i}.blocks.{j}.attn.scale                    block{I}.{j}.layer_scale_1
     encoder.stages.{i}.blocks.{j}.attn.branch.{proj_1|proj_2}   block{I}.{j}.attn.{x}
     encoder.stages.{i}.blocks.{j}.attn.branch.local             block{I}.{j}.attn.spatial_gating_unit.conv0
     encoder.stages.{i}.blocks.{j}.attn.branch.strips.{n}.0      block{I}.{j}.attn.spatial_gating_unit.conv{n}_1
     encoder.stages.{i}.blocks.{j}.attn.branch.strips.{n}.1      block{I}.{j}.attn.spatial_gating_unit.conv{n}_2
     encoder.stages.{i}.blocks.{j}.attn.branch.mix               block{I}.{j}.attn.spatial_gating_unit.conv3
-    encoder.stages.{i}.blocks.{j}.ffn.norm                      block{I}.{j}.norm2
     encoder.stages.{i}.blocks.{j}.ffn.scale                     block{I}.{j}.layer_scale_2
-    encoder.stages.{i}.blocks.{j}.ffn.branch.{fc1|fc2}          block{I}.{j}.mlp.{x}
-    encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv             block{I}.{j}.mlp.dwconv.dwconv
-    encoder.stages.{i}.norm                                     norm{I}
-"""
+""" + MIT
 NEXT_VIT = """
     encoder.stages.0.embed.4.{conv|norm}                        features.{k}.patch_embed.{x}
     encoder.stages.0.embed.{n}.{conv|norm}                      stem.{n}.{x}
@@ -656,19 +641,14 @@ SWIN = """
     encoder.stages.{i}.norm                                     norm{i}
 """
 DEST = """
-    encoder.stages.{i}.embed.conv                               patch_embed{I}.proj
-    encoder.stages.{i}.embed.norm                               patch_embed{I}.norm
-    encoder.stages.{i}.blocks.{j}.attn.norm                     block{I}.{j}.norm1
-    encoder.stages.{i}.blocks.{j}.attn.branch.{q|k|proj}        block{I}.{j}.attn.{x}
+    encoder.stages.{i}.blocks.{j}.attn.branch.k                 block{I}.{j}.attn.k
     encoder.stages.{i}.blocks.{j}.attn.branch.sr.conv           block{I}.{j}.attn.sr
     encoder.stages.{i}.blocks.{j}.attn.branch.sr.norm           block{I}.{j}.attn.norm
-    encoder.stages.{i}.blocks.{j}.ffn.norm                      block{I}.{j}.norm2
     encoder.stages.{i}.blocks.{j}.ffn.branch.fc1.conv           block{I}.{j}.mlp.fc1
     encoder.stages.{i}.blocks.{j}.ffn.branch.fc1.norm           block{I}.{j}.mlp.norm1
     encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv.conv        block{I}.{j}.mlp.dwconv.dwconv
     encoder.stages.{i}.blocks.{j}.ffn.branch.dwconv.norm        block{I}.{j}.mlp.norm2
-    encoder.stages.{i}.blocks.{j}.ffn.branch.fc2                block{I}.{j}.mlp.fc2
-"""
+""" + MIT
 # Dialects of a table: (theirs there, theirs here), one after another
 PVT_V2_TIMM = (("patch_embed{I}", "stages.{i}.downsample"), ("block{I}", "stages.{i}.blocks"), ("norm{I}", "stages.{i}.norm"),
                ("dwconv.dwconv", "dwconv"))
@@ -832,13 +812,14 @@ def their_names(table, dialect):
     return f"({'|'.join(names)}){LEAF}"
 
 
+TASK_NORMS = r"encoder\.stages\.[012]\.norm\."      # of Swin and Next-ViT: segmentation's alone
 CLS = {"cls": "head.fc head"}
 TIMM_STEM = "encoder.stages.0.embed.conv patch_embed.proj\n encoder.stages.0.embed.norm patch_embed.norm"
 CLS_SWIN = {"cls": "encoder.stages.3.norm norm\n head.fc head"}
 MIT_ROWS = dict(rows="segformer|pvt_v2|lawin")
 MSCAN_KIND = dict(rows="segnext", linear=r"$^")
 NEXT_KIND = dict(rows="nextvit|lite_hybrid", linear=r"attn\.(q|k|v|proj)$")
-NEXT_FRESH = dict(fresh=r"encoder\.stages\.[012]\.norm\.", dead=r"extra_norm_list\.3\.|proj_head\.")
+NEXT_FRESH = dict(fresh=TASK_NORMS, dead=r"extra_norm_list\.3\.|proj_head\.")
 DEST_KIND = dict(rows="dest", linear=r"\.(q|k|proj|fc1\.conv|fc2)$", conv1d=True)
 SWIN_INDEX = r".*\.(relative_position_index|attn_mask)$"
 # classification has one norm at the end, segmentation one on each map: a file of one task has no norms for the other
@@ -846,7 +827,7 @@ SWIN_CLS = dict(rows="swin", fresh=r"encoder\.stages\.\d\.norm\.", dead=SWIN_IND
 SWIN_SEG = dict(rows="swin", dead=SWIN_INDEX + r"|backbone\.norm[012]\.")
 UNFOLD = dict(unfold=r"stages\.[123]\.embed\.")
 FORMATS = [     # of two that fit equally well, the first
-    Format("own checkpoint"),
+    Format("own checkpoint", fresh=TASK_NORMS, dead=TASK_NORMS),
     Format("Hugging Face SegFormer", HF_SEGFORMER, HF_HEADS, rows="segformer"),
     Format("original project", LITE, LITE_HEADS, rows="lite|segformer", linear=r"\.(q|kv|proj|projections\.\d)$"),
     Format("SegFormer / PVTv2 encoder", MIT, CLS, **MIT_ROWS),         # NVlabs' and PVTv2's files have the same names
@@ -936,34 +917,43 @@ def load_pretrained(model, source):
     """Load weights from our checkpoints, a family's original files, or Hugging Face's -> Report.
 
     source: path (.pt, .pth, .bin, .safetensors), Hugging Face directory (nothing is downloaded), or dict of tensors.
-    The format is recognised by its key names. A head that the file does not have, and a classifier of another class
-    count, keep their fresh weights and are listed; anything else that is missing or does not fit is a UserError, and
-    then the model is as it was.
+    The format is recognised by its key names. A head that the file does not have, or has of another kind, and a
+    classifier of another class count, keep their fresh weights and are listed; anything else that is missing or does not
+    fit is a UserError, and then the model is as it was.
     """
     path, state = read_weights(source)
     form = max(FORMATS, key=lambda form: form.recognised(state))
     if not form.recognised(state):
         raise UserError(f"{path}: none of its {len(state)} tensors ({', '.join(list(state)[:3])}, ...) has a name of a known "
                         f"format; these are: {', '.join(f.name for f in FORMATS)}")
-    report, values, used, misfits, names_of = Report(form.name), {}, set(), [], form.names(model)
+    report, values, misfits, names_of, found = Report(form.name), {}, [], form.names(model), {}
     for key, target in model.state_dict().items():
         names = names_of.get(key)
         if not names or not all(n in state for n in names):
-            if not key.endswith("num_batches_tracked"):         # a counter that older files lack
+            if not counter(key):
                 report.missing.append(key)
             continue
-        used.update(names)
+        found[key] = names
         if fits(names, state, target):
             values[key] = form.read(key, [state[n] for n in names])
         elif key.startswith(("head.classifier.", "head.fc.")) and state[names[0]].shape[1:].numel() == target.shape[1:].numel():
             report.fresh.append(key)                            # another class count
         else:
             misfits.append(key)
-    new_head = not any(key.startswith("head.") for key in [*values, *misfits, *report.fresh])
-    is_fresh = lambda key: new_head and key.startswith("head.") or model.task == "seg" and re.match(form.fresh, key)
-    report.fresh += [key for key in report.missing if is_fresh(key)]
-    report.missing = [key for key in report.missing if not is_fresh(key)]
-    report.unexpected = [n for n in state if n not in used and not re.match(form.dead, n) and not n.endswith("num_batches_tracked")]
+
+    def left():
+        used = {n for names in found.values() for n in names}
+        return [n for n in state if n not in used and not re.match(form.dead, n) and not counter(n)]
+
+    in_head = lambda keys: [key for key in keys if key.startswith("head.")]
+    if in_head(misfits) or not in_head([*values, *report.fresh]) or in_head(report.missing) and any(map(HEADS.match, left())):
+        # no head in the file, or another one, of which single tensors may happen to fit: ours stays fresh as a whole
+        report.fresh = [key for key in in_head(model.state_dict()) if not counter(key)]
+        values, found = ({key: value for key, value in d.items() if not in_head([key])} for d in (values, found))
+    if model.task == "seg" and STAGE_NORM[SIZES[model.spec.size].stage_norm][1] == "seg":
+        report.fresh += [key for key in report.missing if re.match(form.fresh, key)]
+    misfits, report.missing = ([key for key in keys if key not in report.fresh] for keys in (misfits, report.missing))
+    report.unexpected = left()
     foreign = [n for n in report.unexpected if not HEADS.match(n)]
     if misfits or report.missing or foreign:
         raise UserError(f"{path}: does not fit {model.spec} ({form.name}; {len(misfits)} tensors of another shape{example(misfits)}, "
@@ -975,6 +965,11 @@ def load_pretrained(model, source):
                 target.copy_(values[key].reshape(target.shape))
     report.loaded = list(values)
     return report
+
+
+def counter(name):
+    """A BatchNorm's count of its batches: older files lack it, and nothing here reads it."""
+    return name.endswith("num_batches_tracked")
 
 
 def example(names):
@@ -1048,7 +1043,11 @@ def restore(checkpoint):
     """The model that a training script's checkpoint describes, with its weights (the EMA's, where there are any)."""
     if not isinstance(checkpoint, dict) or not {"spec", "model"} <= checkpoint.keys():
         raise UserError("not a checkpoint of train_seg.py or train_cls.py; public weights go to --pretrain together with --model")
-    model = from_description(checkpoint["spec"])
+    try:
+        d = checkpoint["spec"]
+        model = build(d["name"], d["task"], d["num_classes"], **d["slots"])
+    except (KeyError, TypeError):
+        raise UserError("its description of the model is not one of train_seg.py or train_cls.py; load its weights by --model and --pretrain")
     try:
         model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
     except RuntimeError as error:
@@ -1061,7 +1060,7 @@ def restore(checkpoint):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def fuse(model):
-    """An inference copy with the same outputs: BatchNorm folded into the convolution before it, the all-MLP head merged."""
+    """An inference copy with the same outputs: BatchNorm folded into the convolution of its ConvNorm, the all-MLP head merged."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for m in model.modules():
         if isinstance(m, layers.ConvNorm) and isinstance(m.norm, nn.BatchNorm2d):

@@ -973,6 +973,20 @@ def test_slots_that_cannot_go_together(name, slot, word):
     assert models.make_spec(name, attn="lsra", embed="overlap", head="ham").words("attn") == ("lsra",) * 4
 
 
+@pytest.mark.parametrize("init", models.INIT)
+def test_every_block_can_be_drawn_by_every_initialisation(init):
+    for make in ATTENTION.values():
+        block = make(64, 2, 2)
+        models.init_encoder(block, *models.INIT[init])
+        assert all(p.isfinite().all() for p in block.parameters())
+
+
+@pytest.mark.parametrize("name", ["nextvit_s", "lite_hybrid", "segnext_t", "dest_b0"])
+def test_an_encoder_does_not_depend_on_its_head(name):
+    """Swin's alone does: there the norms stand beside the trunk, on the maps that are read."""
+    assert len({tuple(on_meta(name, head=head).encoder.state_dict()) for head in layers.HEAD}) == 1
+
+
 def test_initialisation_is_the_original_one():
     torch.manual_seed(0)
     model = models.build("segformer_b1")
@@ -1011,7 +1025,7 @@ def test_heads_of_one_function_agree_in_value_and_gradient():
                                                        (1, 4, (8, 8), (4, 5)), (2, 3, (25, 33), (97, 130))])
 @pytest.mark.parametrize("strip", [2 ** 20, 3000])
 def test_upsampled_cross_entropy(monkeypatch, batch, classes, low, high, strip):
-    monkeypatch.setattr(layers, "STRIP", strip)
+    monkeypatch.setitem(layers.STRIP, "cpu", strip)
     torch.manual_seed(0)
     logits = torch.randn(batch, classes, *low, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, classes, (batch, *high))
@@ -1025,6 +1039,17 @@ def test_upsampled_cross_entropy(monkeypatch, batch, classes, low, high, strip):
     assert torch.equal(layers.upsampled_argmax([logits], high), full.argmax(1))
     half = layers.UpsampledCrossEntropy()(logits, labels, count=2 * (labels != 255).sum())
     assert half.item() == pytest.approx(loss.item() / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_and_prediction_inside_autocast_are_float32(dtype):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 6, 9, 7), torch.randint(0, 6, (2, 33, 29))
+    with torch.autocast("cpu", dtype):
+        loss, prediction = layers.UpsampledCrossEntropy()(logits, labels), layers.upsampled_argmax([logits], (33, 29))
+    full = F.interpolate(logits, (33, 29), mode="bilinear", align_corners=False)
+    assert loss.item() == pytest.approx(F.cross_entropy(full, labels).item(), rel=1e-6)
+    assert torch.equal(prediction, full.argmax(1))
 
 
 def test_upsampled_cross_entropy_with_nothing_labelled():
@@ -1305,6 +1330,30 @@ def test_nothing_is_loaded_silently(tmp_path):
     assert "segmentor" in report.format and not report.unexpected        # the dead layer is known as such
 
 
+@pytest.mark.parametrize("name", FAMILIES.values())
+def test_own_checkpoints_serve_the_other_task_and_other_heads(name):
+    seg, cls = small(name), small(name, "cls")
+    for file, model in ((cls, seg), (seg, cls)):
+        model = copy.deepcopy(model)
+        fresh = {key: value.clone() for key, value in model.state_dict().items()}
+        report = models.load_pretrained(model, file.state_dict())
+        both = [key for key in fresh if key in file.state_dict() and not key.startswith("head.")]
+        assert set(report.loaded) == set(both) and not report.missing
+        assert all(torch.equal(value, file.state_dict()[key] if key in both else fresh[key])
+                   for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("old, new", [("mlp", "ham"), ("lawin", "mlp"), ("fpn", "light_ham")])
+def test_another_head_stays_fresh_as_a_whole(old, new):
+    donor, model = (models.build("segformer_b0", num_classes=5, head=head) for head in (old, new))
+    fresh = copy.deepcopy(model.head.state_dict())
+    report = models.load_pretrained(model, donor.state_dict())
+    assert set(report.fresh) == {f"head.{key}" for key in fresh if not models.counter(key)}
+    assert all(torch.equal(value, fresh[key]) for key, value in model.head.state_dict().items())
+    assert all(torch.equal(value, donor.state_dict()[f"encoder.{key}"]) for key, value in model.encoder.state_dict().items())
+    assert {n.split(".")[0] for n in report.unexpected} == {"head"}
+
+
 def test_checkpoints_round_trip_and_are_atomic(tmp_path, monkeypatch):
     model = models.build("segformer_b0", num_classes=3, attn="sra", head="mlp_concat")
     path = tmp_path / "last.pt"
@@ -1316,7 +1365,9 @@ def test_checkpoints_round_trip_and_are_atomic(tmp_path, monkeypatch):
     monkeypatch.setattr(models.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left"):
         models.save_checkpoint(path, {"spec": 1, "model": 2})
-    assert path.read_bytes() == content
+    assert path.read_bytes() == content and not list(tmp_path.glob("*.part"))
+    with pytest.raises(UserError, match="description"):
+        models.restore({"spec": {"name": "segformer_b0"}, "model": {}})
 
 
 class Bomb:
@@ -1390,8 +1441,9 @@ def test_hostile_safetensors_lengths(tmp_path):
             models.read_safetensors(path)
 
 
-def test_parameter_groups():
-    model = models.build("segformer_b0", num_classes=3)
+@pytest.mark.parametrize("case", SMALL)
+def test_parameter_groups(case):
+    model = small(case)
     groups = models.parameter_groups(model, 1e-3, 0.05)
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     names = {id(p): n for n, p in model.named_parameters()}
@@ -1399,7 +1451,7 @@ def test_parameter_groups():
         for p in group["params"]:
             name = names[id(p)]
             assert group["lr"] == pytest.approx(1e-2 if name.startswith("head.") else 1e-3)
-            assert (group["weight_decay"] == 0) == (name.endswith("bias") or "norm" in name)
+            assert (group["weight_decay"] == 0) == (name.endswith(("bias", "bias_table", "scale")) or p.ndim == 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
