@@ -13,13 +13,14 @@ import colorsys
 import json
 import math
 import os
+import re
 import struct
 import sys
 import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +55,14 @@ def start(device=None):
     """Join the process group that torchrun describes in the environment; alone under plain `python`. -> Processes."""
     rank, world, local_rank, local_world = (int(os.environ.get(name, default)) for name, default in (
         ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"--device {device}: no such device; use cpu, cuda or cuda:N") from None
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: no such device; use cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda":
         index = device.index if device.index is not None else local_rank
+        if device.index is not None and local_world > 1:
+            raise UserError(f"--device {device}: {local_world} processes cannot share one GPU; use --device cuda")
         if index >= torch.cuda.device_count():
             raise UserError(f"--device cuda:{index}: {torch.cuda.device_count()} CUDA devices are here; use --device cpu "
                             "or start fewer processes")
@@ -73,12 +76,6 @@ def start(device=None):
     return Processes(rank, world, local_rank, device)
 
 
-def stop():
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def run(main):
     """Call main(); a UserError becomes one line on stderr and exit status 1, also one raised in a loader's worker."""
     try:
@@ -90,12 +87,17 @@ def run(main):
         # Mostly all processes meet the same mistake: torchrun ends the others when one has left, before they say it too.
         time.sleep(min(1, int(os.environ.get("LOCAL_RANK", 0))))
         print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(1)    # without stop(): the other ranks may be inside a collective that this one will not join
+        sys.exit(1)    # without leaving the group: the other ranks may be inside a collective that this one will not join
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            sys.exit("error: a loader's process died (out of memory, or of /dev/shm?); try a lower --workers, or 0")
         if not (dist.is_initialized() and "by peer" in str(error)):    # what gloo says when another process has left
             raise
         sys.exit(f"process {dist.get_rank()} stops because another one has; its message says why")
-    stop()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ---- Loaders -------------------------------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ class EpochDataset(Dataset):
 
 # ---- Reading files -------------------------------------------------------------------------------------------------
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)    # open_file refuses these images
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)    # `opened` refuses these images
 BROKEN = OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError
 
 
@@ -175,10 +177,16 @@ def shown(path):
 
 
 @contextmanager
-def reading(path):
-    """Whatever Pillow raises inside becomes a UserError that names the file (Pillow itself often does not)."""
+def opened(path, any_depth=False):
+    """A file as a Pillow image of a sane size, not yet decoded; whatever Pillow raises inside becomes a UserError that names
+    the file (Pillow itself often does not). Raw pixels: an EXIF rotation is ignored, as the masks ignore it."""
     try:
-        yield
+        with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:    # where Pillow starts to warn: 89 Mpixel
+                raise ValueError(f"{image.width}x{image.height} pixels, a decompression bomb?")
+            if image.mode.startswith(("I", "F")) and not any_depth:    # convert("RGB") would clip everything above 255 to white
+                raise UserError(f"{shown(path)}: 16-bit or float image (mode {image.mode}); convert it to 8 bits")
+            yield image
     except BROKEN as error:
         reason = "is not an image" if isinstance(error, Image.UnidentifiedImageError) else shown(
             getattr(error, "strerror", None) or error)
@@ -194,26 +202,9 @@ def writing(flag, path):
         raise UserError(f"{flag} {shown(path)}: cannot be written ({error.strerror})") from None
 
 
-def open_file(path):
-    """An opened, not yet decoded image of a sane size."""
-    with reading(path):
-        image = Image.open(path)
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:    # where Pillow starts to warn: 89 Mpixel
-            raise ValueError(f"{image.width}x{image.height} pixels, a decompression bomb?")
-    return image
-
-
-def open_image(path):
-    """open_file for 8 bits a channel. Raw pixels: an EXIF rotation is ignored, as the masks ignore it."""
-    image = open_file(path)
-    if image.mode.startswith(("I", "F")):    # convert("RGB") would clip everything above 255 to white
-        raise UserError(f"{shown(path)}: 16-bit or float image (mode {image.mode}); convert it to 8 bits")
-    return image
-
-
 def read_mask(path):
     """A mask's ids as they are stored: (H, W) uint8 or uint32. Palette masks give indices, never colours."""
-    with open_file(path) as image, reading(path):
+    with opened(path, any_depth=True) as image:
         mode, mask = image.mode, np.array(image)
     if mode == "RGB" and (mask == mask[..., :1]).all():
         return mask[..., 0]
@@ -385,10 +376,11 @@ class FolderSegmentation(EpochDataset):
     split: "train" or "val". By default id 0 of a mask is "unlabelled" and id k is class k-1; zero_is_class=True keeps the ids.
     255 is ignored either way. The number of classes is that of the names' file, else that of the largest id in the masks.
     Item without crop: (image uint8 (3, H, W), label int64 (H, W), path of the image); with crop: `training_view`.
+    classes: their names, where another split has found them already.
     A bad file raises UserError with its name; strict=False collects files without a partner in .problems instead.
     """
 
-    def __init__(self, root, split, crop=None, seed=0, zero_is_class=False, strict=True):
+    def __init__(self, root, split, crop=None, seed=0, zero_is_class=False, strict=True, classes=None):
         self.root, self.split, self.crop, self.seed, self.zero_is_class = Path(root), split, crop, seed, zero_is_class
         images, masks = split_folders(self.root, split)
         self.paths, self.problems = pair(images, masks)
@@ -397,7 +389,7 @@ class FolderSegmentation(EpochDataset):
             raise UserError(self.problems[0] + more)
         if not self.paths:
             raise UserError(f"{shown(images)}: no images with masks here (looked for {' '.join(sorted(IMAGE_FILES))})")
-        self.classes = read_classes(self.root, zero_is_class) or found_classes(self.root, zero_is_class)
+        self.classes = classes or read_classes(self.root, zero_is_class) or found_classes(self.root, zero_is_class)
         if len(self.classes) > IGNORED:
             raise UserError(f"{shown(root)}: {len(self.classes)} classes; at most {IGNORED} are possible, 255 is ignored")
         self.colors = self._colors()
@@ -413,12 +405,11 @@ class FolderSegmentation(EpochDataset):
         epoch, view, index = self.key(key)
         path, mask_path = self.paths[index]
         labels = self.labels(mask_path)
-        image = open_image(path)
-        if image.size != labels.shape[::-1]:
-            (w, h), (mask_h, mask_w) = image.size, labels.shape
-            raise UserError(f"{shown(mask_path)}: the mask is {mask_w}x{mask_h}, its image {shown(path)} is {w}x{h}; "
-                            "they must be equal")
-        with reading(path), image:
+        with opened(path) as image:
+            if image.size != labels.shape[::-1]:
+                (w, h), (mask_h, mask_w) = image.size, labels.shape
+                raise UserError(f"{shown(mask_path)}: the mask is {mask_w}x{mask_h}, its image {shown(path)} is {w}x{h}; "
+                                "they must be equal")
             if self.crop:
                 return training_view(image, labels, self.crop, self.rng(epoch, view, index))
             pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -440,7 +431,8 @@ class FolderSegmentation(EpochDataset):
     def _colors(self):
         if self.num_classes == 150 and self.classes[0] == "wall" and self.classes[-1] == "flag":
             return ADE20K_COLORS.copy()
-        with reading(self.paths[0][1]), Image.open(self.paths[0][1]) as mask:
+        palette = None
+        with suppress(UserError), opened(self.paths[0][1], any_depth=True) as mask:    # named when it is read for its pixels
             palette = mask.getpalette() if mask.mode == "P" else None
         if palette:
             colors = np.array(palette, np.uint8).reshape(-1, 3)[0 if self.zero_is_class else 1:][:self.num_classes]
@@ -642,8 +634,7 @@ class TinyImageNet(EpochDataset):
     def __getitem__(self, key):
         epoch, view, index = self.key(key)
         path, label = self.paths[index]
-        image = open_image(path)
-        with reading(path), image:
+        with opened(path) as image:
             image = image.convert("RGB")
         if not self.train:
             return self.transform(image).as_subclass(torch.Tensor), label
@@ -682,9 +673,11 @@ def validation_files(folder, classes):
     annotations = folder / "val_annotations.txt"
     if annotations.is_file() and (folder / "images").is_dir():
         files = {}
-        for line in annotations.read_text().splitlines():
-            name, label = line.split("\t")[:2]
-            files.setdefault(label, []).append(folder / "images" / name)
+        try:
+            for name, label, *_ in (line.split("\t") for line in annotations.read_text("utf-8").splitlines() if line.strip()):
+                files.setdefault(label, []).append(folder / "images" / name)
+        except (OSError, ValueError):
+            raise UserError(f"{shown(annotations)}: cannot be read; each line is FILE, a tab, CLASS") from None
     else:
         files = class_folders(folder)
         if list(files) == ["images"]:
@@ -732,25 +725,14 @@ def colorize(labels, colors):
     return table[np.asarray(labels)]
 
 
-def picture(image):
-    """uint8 (3, H, W) tensor or (H, W, 3) array -> uint8 (H, W, 3) array."""
-    return image.permute(1, 2, 0).cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
-
-
 def contact_sheet(rows, path, below=None, gap=6):
-    """Write rows of uint8 images (of one height within a row) as a PNG on white, `below` (a legend) at the bottom."""
-    rows = [[picture(image) for image in row] for row in rows] + ([[below]] if below is not None else [])
-    width = max(sum(image.shape[1] + gap for image in row) for row in rows) + gap
-    height = sum(row[0].shape[0] + gap for row in rows) + gap
-    sheet = np.full((height, width, 3), 255, np.uint8)
-    y = gap
-    for row in rows:
-        x = gap
-        for image in row:
-            sheet[y:y + image.shape[0], x:x + image.shape[1]] = image
-            x += image.shape[1] + gap
-        y += row[0].shape[0] + gap
-    Image.fromarray(sheet).save(path, "PNG")
+    """Write rows of (H, W, 3) uint8 images (of one height within a row) as a PNG on white, `below` (a legend) at the bottom."""
+    def pad(image, top, right, bottom, left):
+        return np.pad(image, ((top, bottom), (left, right), (0, 0)), constant_values=255)
+    rows = [np.concatenate([pad(image, 0, gap, gap, 0) for image in row], 1) for row in [*rows, *[[below]] * (below is not None)]]
+    width = max(row.shape[1] for row in rows)
+    sheet = np.concatenate([pad(row, 0, width - row.shape[1], 0, gap) for row in rows])
+    Image.fromarray(pad(sheet, gap, 0, 0, 0)).save(path, "PNG")
 
 
 def legend(classes, colors, width=800, column=190):
@@ -814,7 +796,7 @@ def check_segmentation(datasets, out):
             image, labels, _ = dataset[index]
             width = max(1, round(192 * labels.shape[1] / labels.shape[0]))
             cells.append([np.array(Image.fromarray(part).resize((width, 192), how)) for part, how in (
-                (picture(image), Image.Resampling.BICUBIC), (colorize(labels, dataset.colors), Image.Resampling.NEAREST))])
+                (image.permute(1, 2, 0).numpy(), Image.Resampling.BICUBIC), (colorize(labels, dataset.colors), Image.Resampling.NEAREST))])
             seen |= present > 0
         rows += [sum(cells[i:i + 2], []) for i in range(0, len(cells), 2)]
     if rows:
@@ -833,7 +815,7 @@ def check_classification(root, out):
         dataset = TinyImageNet(root, split)
 
         def measure(index):
-            with open_image(dataset.paths[index][0]) as image, reading(dataset.paths[index][0]):
+            with opened(dataset.paths[index][0]) as image:
                 image.load()
                 return *image.size, index
         good, bad = survey(split, len(dataset), measure)

@@ -200,9 +200,14 @@ def save_pictures(model, source, folder, names, colors, first_id, processes, pro
         folder.mkdir(parents=True, exist_ok=True)
     palette = np.zeros((256, 3), np.uint8)
     palette[first_id:first_id + len(colors)] = colors
+    bad = []
     for stem, path in tqdm(files[processes.rank::processes.world], "drawing", disable=processes.rank > 0):
-        with data.open_image(path) as image, data.reading(path):
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        try:
+            with data.opened(path) as image:
+                pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        except UserError as error:          # said at the end: the others are drawn first
+            bad.append(str(error))
+            continue
         with naming(path):
             image = torch.from_numpy(pixels).permute(2, 0, 1)
             classes = predict(model, image, pixels.shape[:2], processes.device, **protocol).cpu().numpy()
@@ -215,6 +220,8 @@ def save_pictures(model, source, folder, names, colors, first_id, processes, pro
         with data.writing("--save-dir", folder):
             label.save(folder / f"{stem}.png")
             data.contact_sheet([[overlay]], folder / f"{stem}_overlay.png", legend)
+    if bad:
+        raise UserError(f"{bad[0]} ({len(bad)} of {len(files)} files could not be drawn, the others are in {folder})")
     if processes.rank == 0:
         print(f"{len(files)} label maps (ids {first_id}..{len(names) - 1 + first_id}) and overlays: {folder}")
 
@@ -283,7 +290,8 @@ def load_model(args, dataset, say):
 def open_dataset(args, task, said):
     """The set to measure on; said: the arguments of the checkpoint's training."""
     if args.data_path is None and (task == "cls" or said.get("data_path")):
-        raise UserError("--data-path: needed, since this model was not trained on the embedded shapes")
+        raise UserError("--data-path: needed; " + ("the embedded shapes are for segmentation" if task == "cls" else
+                                                   "this model was not trained on the embedded shapes"))
     if task == "cls":
         return data.TinyImageNet(args.data_path, args.split, args.size or said.get("image_size", 224), train=False)
     if args.data_path is None:

@@ -1041,6 +1041,18 @@ def test_upsampled_cross_entropy(monkeypatch, batch, classes, low, high, strip):
     assert half.item() == pytest.approx(loss.item() / 2)
 
 
+def test_the_readme_s_new_block_builds_and_counts(monkeypatch):
+    with open(os.path.join(HERE, "README.md")) as file:
+        code = file.read().split("```python\n")[1].split("\nATTENTION = ")[0]
+    names = {"nn": nn}
+    exec(code, names)
+    monkeypatch.setitem(ATTENTION, "pool", names["Pool"])
+    model = models.build("segformer_b0", attn="pool")
+    assert flops.count(model, (64, 96)).macs == flop_counter_macs(model, (64, 96))
+    pool = ATTENTION["pool"](8, 1, 1, 0)
+    assert close(pool(torch.ones(1, 8, 5, 6)) + 1, torch.ones(1, 8, 5, 6), 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_loss_and_prediction_inside_autocast_are_float32(dtype):
     torch.manual_seed(0)
@@ -2174,6 +2186,12 @@ def test_eval_mistakes_are_one_line(street, tmp_path):
     refused(wrong("--checkpoint", street / "good.pt", "--data-path", street, "--size", "20", "--workers", "0"), "0.png", "29 pixels")
     refused(wrong("--checkpoint", street / "good.pt", "--images", street / "images/training", "--save-dir", street / "images/training"),
             "--save-dir", "overwritten")
+    (tmp_path / "some").mkdir()
+    for name, content in (("a.png", b"broken"), ("b.png", (street / "images/validation/1.png").read_bytes())):
+        (tmp_path / "some" / name).write_bytes(content)
+    refused(wrong("--checkpoint", street / "good.pt", "--images", tmp_path / "some", "--save-dir", tmp_path / "drawn"),
+            "a.png", "1 of 2 files could not be drawn")
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"b.png", "b_overlay.png"}
     refused(wrong("--checkpoint", street / "good.pt", "--data-path", street, "--workers", "0", "--json", tmp_path / "none/r.json"), "--json")
 
 
@@ -2634,7 +2652,13 @@ def test_restructured_validation_and_image_folders(tmp_path):
 
 def test_flat_validation_without_its_annotations(tmp_path):
     root = make_tree(tmp_path)
-    (root / "val/val_annotations.txt").unlink()
+    annotations = root / "val/val_annotations.txt"
+    official = annotations.read_text()
+    annotations.write_text(official.replace("\n", "\n\n"))         # blank lines
+    assert len(data.TinyImageNet(root, "val")) == 6
+    annotations.write_text(official.replace("\t", " "))
+    refused(lambda: data.TinyImageNet(root, "val"), "val_annotations.txt", "a tab")
+    annotations.unlink()
     refused(lambda: data.TinyImageNet(root, "val"), "val_annotations.txt")
     refused(lambda: data.TinyImageNet(tmp_path / "val", "train"), "val/train", "No such file")
 
@@ -2840,6 +2864,12 @@ def test_resume_begins_a_new_folder_with_the_state_of_another(tiny, uninterrupte
     script, more = RUNS["cls"]
     train(script, tiny, tmp_path / "new", *more, "--resume", uninterrupted["cls"])
     assert "complete already" in capsys.readouterr().out and rows(tmp_path / "new") == rows(uninterrupted["cls"])[1:]
+    for name in ("best.pt", "last.pt"):
+        assert (tmp_path / "new" / name).read_bytes() == (uninterrupted["cls"] / name).read_bytes()
+    train(script, tiny, tmp_path / "new", *more)                    # without --resume: it is the run's folder now
+    assert "complete already" in capsys.readouterr().out
+    (tmp_path / "new/last.pt").unlink()
+    refused(lambda: train(script, tiny, tmp_path / "new", *more), "log.jsonl", "last.pt is gone", "--output-dir")
 
 
 def test_another_run_in_the_folder_is_refused_and_kept(tiny, uninterrupted):
@@ -2981,6 +3011,7 @@ def test_mistakes_on_the_command_line(tiny, tmp_path):
     refused(seg("--batch-size", "4", "--accum", "3"), "--accum 3")
     refused(seg("--sync-bn", "--device", "cpu"), "--sync-bn")
     refused(seg("--device", "abacus"), "--device abacus")
+    refused(seg("--device", "mps"), "--device mps", "use cpu, cuda or cuda:N")
     refused(seg("--resume", tmp_path / "nowhere"), "nowhere", "no such file")
     refused(seg("--pretrain", tmp_path / "nowhere.pt"), "nowhere.pt", "no such file")
     refused(seg("--data-path", tiny[train_cls]), tiny[train_cls], "images/ with annotations/")

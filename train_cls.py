@@ -138,14 +138,18 @@ def append(log, row):
     """Add an epoch's row, once: a run may have been killed after saving last.pt, which holds the row, and before this."""
     log.seek(0)
     if f'"epoch": {row["epoch"]},' not in log.read():
-        log.write(json.dumps(row) + "\n")
-        log.flush()
+        with data.writing("--output-dir", log.name):
+            log.write(json.dumps(row) + "\n")
+            log.flush()
 
 
 def find_state(output, resume, settings):
     """The state to go on from, or None; the folder's own last.pt goes before --resume. It must be of the same run."""
     path = output / "last.pt"
     if not path.exists():
+        if (output / "log.jsonl").stat().st_size:
+            raise UserError(f"{output}: log.jsonl has the epochs of a run whose last.pt is gone; move it away or choose another "
+                            "--output-dir")
         if resume is None:
             return None
         path = Path(resume)
@@ -159,6 +163,10 @@ def find_state(output, resume, settings):
     if different:
         raise UserError(f"{path}: is of another run: {'; '.join(different)}. Choose another --output-dir for a new run, "
                         "or give the same flags to continue")
+    if path.parent != output:           # --resume: the run goes on here, and this folder is complete before it has a last.pt
+        if (file := path.with_name("best.pt")).exists():
+            models.write_file(output / "best.pt", [file.read_bytes()])
+        models.write_file(output / "last.pt", [path.read_bytes()])
     return state
 
 
@@ -204,7 +212,8 @@ def main(argv=None):
     name = Path(args.data_path).resolve().name if args.data_path else "shapes"
     output = Path(args.output_dir or f"runs/cls-{model.spec}-{name}")
     settings = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE | models.SLOTS.keys()}
-    settings |= dict(model=str(model.spec), effective_batch=batch, warmup=warmup, images=len(train_set),
+    settings |= dict(data_path=args.data_path and name, pretrain=args.pretrain and Path(args.pretrain).name,    # may have moved
+                     model=str(model.spec), effective_batch=batch, warmup=warmup, images=len(train_set),
                      classes=train_set.num_classes)
     log = open_log(output) if rank == 0 else None
     found = [find_state(output, args.resume, settings) if rank == 0 else None]

@@ -87,8 +87,8 @@ def learning_rate(step, steps, warmup, base):
 def load_datasets(args):
     if args.data_path is None:
         return data.Shapes("train", args.crop, args.seed), data.Shapes("val")
-    return (data.FolderSegmentation(args.data_path, "train", args.crop, args.seed, args.zero_is_class),
-            data.FolderSegmentation(args.data_path, "val", zero_is_class=args.zero_is_class))
+    train = data.FolderSegmentation(args.data_path, "train", args.crop, args.seed, args.zero_is_class)
+    return train, data.FolderSegmentation(args.data_path, "val", zero_is_class=args.zero_is_class, classes=train.classes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,14 +113,18 @@ def append(log, row):
     """Add an epoch's row, once: a run may have been killed after saving last.pt, which holds the row, and before this."""
     log.seek(0)
     if f'"epoch": {row["epoch"]},' not in log.read():
-        log.write(json.dumps(row) + "\n")
-        log.flush()
+        with data.writing("--output-dir", log.name):
+            log.write(json.dumps(row) + "\n")
+            log.flush()
 
 
 def find_state(output, resume, settings):
     """The state to go on from, or None; the folder's own last.pt goes before --resume. It must be of the same run."""
     path = output / "last.pt"
     if not path.exists():
+        if (output / "log.jsonl").stat().st_size:
+            raise UserError(f"{output}: log.jsonl has the epochs of a run whose last.pt is gone; move it away or choose another "
+                            "--output-dir")
         if resume is None:
             return None
         path = Path(resume)
@@ -134,6 +138,11 @@ def find_state(output, resume, settings):
     if different:
         raise UserError(f"{path}: is of another run: {'; '.join(different)}. Choose another --output-dir for a new run, "
                         "or give the same flags to continue")
+    if path.parent != output:           # --resume: the run goes on here, and this folder is complete before it has a last.pt
+        for file in (path.with_name(name) for name in ("samples.png", "best.pt")):
+            if file.exists():
+                models.write_file(output / file.name, [file.read_bytes()])
+        models.write_file(output / "last.pt", [path.read_bytes()])
     return state
 
 
@@ -157,7 +166,7 @@ def save_samples(model, dataset, crop, device, path):
     for i in torch.linspace(0, len(dataset) - 1, min(6, len(dataset))).long().tolist():
         image, labels, _ = dataset[i]
         prediction = predict(model, image, labels.shape, device, short_side=crop)
-        rows.append([image, data.colorize(labels, dataset.colors), data.colorize(prediction.cpu(), dataset.colors)])
+        rows.append([image.permute(1, 2, 0).numpy(), *(data.colorize(x, dataset.colors) for x in (labels, prediction.cpu()))])
     data.contact_sheet(rows, path, data.legend(dataset.classes, dataset.colors))
 
 
@@ -188,7 +197,8 @@ def main(argv=None):
     name = Path(args.data_path).resolve().name if args.data_path else "shapes"
     output = Path(args.output_dir or f"runs/seg-{model.spec}-{name}")
     settings = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE | models.SLOTS.keys()}
-    settings |= dict(model=str(model.spec), effective_batch=batch, warmup=warmup, images=len(train_set),
+    settings |= dict(data_path=args.data_path and name, pretrain=args.pretrain and Path(args.pretrain).name,    # may have moved
+                     model=str(model.spec), effective_batch=batch, warmup=warmup, images=len(train_set),
                      classes=train_set.num_classes)
     log = open_log(output) if rank == 0 else None
     found = [find_state(output, args.resume, settings) if rank == 0 else None]
@@ -298,7 +308,8 @@ def main(argv=None):
                        "epoch": epoch + 1, "best": best}
             if improved:
                 models.save_checkpoint(output / "best.pt", weights)
-                save_samples(evaluated, val_set, args.crop, device, output / "samples.png")
+                with data.writing("--output-dir", output / "samples.png"):
+                    save_samples(evaluated, val_set, args.crop, device, output / "samples.png")
             models.save_checkpoint(output / "last.pt", weights | {
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step + 1, "seconds": seconds,
                 "row": row})
