@@ -2009,7 +2009,7 @@ def test_counting_leaves_no_trace():
     assert [m.training for m in model.modules()] == before[1]
     assert all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
-    model.head.act = nn.Softplus()
+    model.head.fuse.act = nn.Softplus()
     with pytest.raises(UserError, match="Softplus"):
         flops.count(model, (64, 64))
     assert not any(m._forward_hooks for m in model.modules())
