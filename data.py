@@ -796,7 +796,8 @@ def check_segmentation(datasets, out):
             image, labels, _ = dataset[index]
             width = max(1, round(192 * labels.shape[1] / labels.shape[0]))
             cells.append([np.array(Image.fromarray(part).resize((width, 192), how)) for part, how in (
-                (image.permute(1, 2, 0).numpy(), Image.Resampling.BICUBIC), (colorize(labels, dataset.colors), Image.Resampling.NEAREST))])
+                (image.permute(1, 2, 0).numpy(), Image.Resampling.BICUBIC),
+                (colorize(labels, dataset.colors), Image.Resampling.NEAREST))])
             seen |= present > 0
         rows += [sum(cells[i:i + 2], []) for i in range(0, len(cells), 2)]
     if rows:

@@ -297,7 +297,7 @@ class LinearSRA(SpatialReductionAttention):
 
 
 class LinearSRANoProj(LinearSRA):
-    """LinearSRA without the output projection: the block of the original project's final model; saves NC² multiply-adds and C² + C parameters."""
+    """LinearSRA without the output projection: the original project's final block; saves NC² multiply-adds, C² + C parameters."""
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__(dim, heads, reduction)

@@ -1047,7 +1047,8 @@ def restore(checkpoint):
         d = checkpoint["spec"]
         model = build(d["name"], d["task"], d["num_classes"], **d["slots"])
     except (KeyError, TypeError):
-        raise UserError("its description of the model is not one of train_seg.py or train_cls.py; load its weights by --model and --pretrain")
+        raise UserError("its description of the model is not one of train_seg.py or train_cls.py; load its weights by --pretrain "
+                        "together with --model")
     try:
         model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
     except RuntimeError as error:
