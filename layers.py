@@ -819,7 +819,10 @@ class MlpConcatHead(MlpHead):
 
 
 class MergedMlpHead(nn.Module):
-    """What is left of MlpHead at inference: Σ up(W'_i x_i), ReLU, classifier, with W'_i = BN ∘ F_i W_i multiplied once and for all."""
+    """What is left of MlpHead at inference: Σ up(W'_i x_i), ReLU, classifier, with W'_i = BN ∘ F_i W_i multiplied once and for all.
+
+    Done in strips of rows, so that what lies between the maps and the logits stays in a CPU's cache.
+    """
 
     def __init__(self, head):
         super().__init__()
