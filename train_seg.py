@@ -29,7 +29,7 @@ from eval import evaluate_seg, predict
 from layers import UpsampledCrossEntropy
 
 RECIPE = dict(model="segformer_b2", crop=512, epochs=60, batch_size=16, lr=6e-5, weight_decay=0.01, workers=2)   # on --data-path
-QUICK = dict(model="segformer_b0", crop=64, epochs=10, batch_size=8, lr=3e-3, weight_decay=0.01, drop_path=0.0,
+QUICK = dict(model="segformer_b0", crop=64, epochs=11, batch_size=8, lr=3e-3, weight_decay=0.01, drop_path=0.0,
              workers=0)
 
 # The same run may go on with other values of these, as long as the effective batch stays.
