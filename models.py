@@ -7,7 +7,9 @@ A published size is a row of SIZES; a model is such a row plus one word for each
 everything else is an override by keyword or flag, also stage by stage: attn="lsra,lsra,sra,sra".
 """
 import argparse
+import contextlib
 import copy
+import fcntl
 import io
 import json
 import math
@@ -15,12 +17,14 @@ import mmap
 import os
 import pathlib
 import re
+import socket
 import zipfile
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import layers
 from layers import ATTENTION, EMBED, FFN, HEAD, NORM, SKIP, UserError
@@ -386,6 +390,26 @@ INIT = {    # (linear layers, other convolutions)
 # Command line, descriptions, parameter groups
 # ---------------------------------------------------------------------------------------------------------------------
 
+def bounded(kind, fits, rule):
+    """A type for argparse, whose own one-line error then names the flag and says the rule."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r}: {rule}")
+        return value
+    return parse
+
+
+positive = bounded(float, lambda v: v > 0, "must be a number above 0")
+positive_int = bounded(int, lambda v: v > 0, "must be a whole number above 0")
+non_negative = bounded(float, lambda v: v >= 0, "must be a number, at least 0")
+count = bounded(int, lambda v: v >= 0, "must be a whole number, at least 0")
+share = bounded(float, lambda v: 0 <= v < 1, "must be a number, at least 0 and below 1")
+
+
 def add_model_arguments(parser, default="segformer_b2"):
     """The flags --model, --embed, --attn, --ffn, --norm, --skip, --head."""
     parser.add_argument("--model", default=default, help=f"a row of `python models.py` (default {default})")
@@ -440,12 +464,16 @@ def write_file(path, parts):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
     except OSError as error:
         part.unlink(missing_ok=True)            # room on a full disk
-        raise UserError(f"{path}: cannot be written ({error.strerror}); the previous one, if any, is untouched")
+        raise UserError(f"{path}: cannot be written ({error.strerror}); "
+                        "the previous one, if any, is untouched")
+    with contextlib.suppress(OSError):          # CIFS and others cannot; the file itself is safe
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def read_checkpoint(path):
@@ -548,6 +576,103 @@ def read_safetensors(path):
     if start + end != total:
         refuse(f"{total - start - end} bytes behind the last tensor")
     return tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run's folder: .lock, last.pt, best.pt, log.jsonl
+# ---------------------------------------------------------------------------------------------------------------------
+
+def lock_folder(output):
+    """Make a run's folder and hold it alone: keep the open file, the lock ends with it.
+
+    `.lock` names the process that holds the folder. Errors: UserError, where another process
+    does or nothing can be written; a file system that has no locks costs a note.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = open(output / ".lock", "a+")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):      # what a held lock gives
+            lock.seek(0)
+            holder = lock.read(200).strip() or "a process without a name"
+            raise UserError(f"{output}: another run is writing here ({holder}); "
+                            "wait for it or choose another --output-dir")
+        except OSError as error:
+            print(f"note: {output} cannot be locked ({error.strerror}); "
+                  "see to it that no other run writes there")
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+    except OSError as error:
+        raise UserError(f"{output}: cannot write here ({error.strerror}); "
+                        "choose another --output-dir")
+    return lock
+
+
+def find_state(output, resume, settings):
+    """The state to go on from, or None; the folder's own last.pt goes before --resume.
+
+    settings: {name: primitive}, what makes two runs the same; all that differ are named in one
+    UserError. A state from elsewhere is copied here with its best.pt, and the log is made whole.
+    """
+    path = output / "last.pt"
+    log = output / "log.jsonl"
+    if not path.exists():
+        if log.exists() and log.stat().st_size:
+            raise UserError(f"{output}: log.jsonl has the epochs of a run whose last.pt is gone; "
+                            "move it away or choose another --output-dir")
+        if resume is None:
+            return None
+        path = pathlib.Path(resume)
+        path = path / "last.pt" if path.is_dir() else path
+    state = read_checkpoint(path)
+    if not isinstance(state, dict) or not {"optimizer", "args", "rows"} <= state.keys():
+        raise UserError(f"{path}: not the last.pt of a run, and only that can be continued; "
+                        "--pretrain takes weights")
+    theirs = state["args"]
+    different = [f"{key.replace('_', '-')} was {theirs.get(key)}, now {settings.get(key)}"
+                 for key in settings | theirs if theirs.get(key) != settings.get(key)]
+    if different:
+        raise UserError(f"{path}: is of another run: {'; '.join(different)}. Give the same flags "
+                        "to continue it; for a new run choose another --output-dir, and begin it "
+                        f"with --pretrain {path} to keep the weights")
+    if path.parent != output:           # this folder is complete before it has a last.pt
+        for name in ("best.pt", "samples.png", "last.pt"):
+            if (file := path.with_name(name)).exists():
+                write_file(output / name, [file.read_bytes()])
+    write_log(output, state["rows"])
+    return state
+
+
+def write_log(output, rows):
+    """Make log.jsonl equal to a run's rows. They live in last.pt: a torn log mends itself."""
+    write_file(output / "log.jsonl", [(json.dumps(row) + "\n").encode() for row in rows])
+
+
+@contextlib.contextmanager
+def tolerated(path):
+    """For a file that a run can do without: where it cannot be made, that costs a line."""
+    try:
+        yield
+    except Exception as error:
+        print(f"note: {path} is not written ({str(error).strip().partition(chr(10))[0]})")
+
+
+@torch.no_grad()
+def update_average(average, model, decay, step):
+    """Move a model's running average, buffers too, one step on: mean = d mean + (1 - d) value.
+
+    d = min(decay, (1 + step) / (10 + step)) begins small, so that a short run's average is not
+    that of its first, random weights.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    get_ema_multi_avg_fn(decay)(*map(list, zip(*floats)), None)
+    for mean, value in pairs:
+        if not mean.is_floating_point():
+            mean.copy_(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
