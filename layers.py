@@ -1,17 +1,35 @@
-"""The catalogue: every attention, feed-forward, embedding, skip and decoder block, and the loss. Needs torch only.
+"""The catalogue: attention, feed-forward, embedding, skip and decoder blocks, and the loss.
 
 Letters: B images, C channels, H x W grid, N = H*W queries, M keys, h heads, d = C/h, K classes.
-Every feature map is (B, C, H, W). Models and images are put in channels_last memory once, so a map already lies in
-memory as (B, H, W, C): `tokens(x)` and 1x1 convolutions then read it as it is, without a copy.
+Every feature map is (B, C, H, W). Models and images are put in channels_last memory once, so a map
+already lies in memory as (B, H, W, C): `tokens(x)` and 1x1 convolutions read it without a copy.
 
 One interface per slot; a block is added by writing its class and one line in the dict below it:
-    EMBED      Embed(in_dim, dim, stride, norm)         (B, Cin, H, W) -> (B, C, ceil(H/s), ceil(W/s)); stride 4 is the stem
-    ATTENTION  Mixer(dim, heads, reduction, index)      (B, C, H, W) -> (B, C, H, W); index: position of the block in its stage
-    FFN        FFN(dim, ratio)                          (B, C, H, W) -> (B, C, H, W)
-    NORM       Norm(dim, eps)                           (B, C, H, W) -> (B, C, H, W)
-    SKIP       Skip(branch, norms, drop_path)           wraps one branch (attention or FFN) of a block
-    HEAD       Head(dims, num_classes, width, rank)     four maps at strides 4, 8, 16, 32 -> (B, K, h, w)
-Residual, outer norm and drop-path belong to the skip, never to a mixer (exceptions are commented where they stand).
+    EMBED      Embed(in_dim, dim, stride, norm)      (B, Cin, H, W) -> (B, C, ceil(H/s), ceil(W/s));
+                                                     stride 4 is the stem
+    ATTENTION  Mixer(dim, heads, reduction, index)   (B, C, H, W) -> (B, C, H, W); index: place of
+                                                     the block in its stage; attribute `reduces`:
+                                                     True where it needs a grid of R x R at least
+    FFN        FFN(dim, ratio)                       (B, C, H, W) -> (B, C, H, W)
+    NORM       Norm(dim, eps)                        (B, C, H, W) -> (B, C, H, W)
+    SKIP       Skip(branch, dim, norm, drop_path)    wraps one branch (attention or FFN) of a block
+    HEAD       Head(dims, num_classes, width, rank)  maps at strides 4, 8, 16, 32 -> (B, K, h, w);
+                                                     attributes `uses`: which of the four it reads,
+                                                     `width`: its usual one (None: the row's own)
+Residual, outer norm and drop-path belong to the skip, never to a mixer; exceptions are commented.
+
+What the mixers cost for N pixels, and by what they avoid N² products:
+    sra, emhsa, dest   quadratic  M = N/R² keys, a cell or a run of pixels each. R is fixed by the
+                                  row, so M grows with the image and N M stays N²/R².
+    lsra               linear     49 keys, whatever the image: means of a 7x7 division of the map
+    ea                 linear     all pixels are keys, but K V is multiplied first: a matrix of
+                                  channels x channels, whatever N is
+    lsrea              linear     both of these, in 64 and 32 channels
+    window, mixer      linear     a pixel sees the 49 of its 7x7 window alone
+    msca, mhca         linear     convolutions: a pixel sees its neighbours
+
+LayerNorms have two eps, because the released weights were trained with two: those of blocks and
+stages have the row's (1e-6 in MiT), those made inside a mixer or an embedding PyTorch's 1e-5.
 """
 import math
 from functools import partial
@@ -22,12 +40,10 @@ from torch import nn
 
 
 class UserError(Exception):
-    """A user's mistake: the message names the file or flag, what is wrong and what to do; scripts print it as one line."""
+    """A user's mistake. Its message, one line: the file or flag, what is wrong, what to do."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Primitives
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Primitives ----------------------------------------------------------------------------------
 
 def tokens(x):
     """(B, C, H, W) -> (B, N, C), a view of a channels_last map."""
@@ -44,25 +60,37 @@ def heads_first(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def fill(x, size):
+    """Zeros to the right and below, until `size` divides both sides of the map (B, C, H, W)."""
+    bottom, right = -x.shape[2] % size, -x.shape[3] % size
+    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+
+
 def windows(x, size, stride):
-    """(B, C, H, W) -> (P, C, size, size): its windows, `stride` pixels apart, P in the whole batch; one copy, channels_last."""
+    """(B, C, H, W) -> (P, C, size, size): windows, `stride` pixels apart, P in the whole batch.
+
+    One copy, in channels_last memory.
+    """
     if stride == size:      # the gradient of this view is a view, that of unfold a slow sum
-        x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size)).transpose(3, 4)         # (B, C, h, w, size, size)
+        x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))     # (B, C, h, size, w, size)
+        x = x.transpose(3, 4)                                       # (B, C, h, w, size, size)
     else:
         x = x.unfold(2, size, stride).unfold(3, size, stride)
     return x.permute(0, 2, 3, 4, 5, 1).flatten(0, 2).permute(0, 3, 1, 2)
 
 
 def join_windows(x, like):
-    """(P, C, s, s), windows that touch -> (B, C, H, W) with the B, H and W of the map `like`; one copy, channels_last."""
+    """(P, C, s, s), windows that touch -> (B, C, H, W) with the B, H and W of the map `like`."""
     size = x.shape[2]
-    x = x.permute(0, 2, 3, 1).unflatten(0, (len(like), -1, like.shape[3] // size))      # (B, h, w, s, s, C)
+    x = x.permute(0, 2, 3, 1)
+    x = x.unflatten(0, (len(like), -1, like.shape[3] // size))      # (B, h, w, s, s, C)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def full_precision(x):
     """A context without autocast on the device of x."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)         # autocast knows no meta device
+    device = "cpu" if x.is_meta else x.device.type                  # autocast knows no meta device
+    return torch.autocast(device, enabled=False)
 
 
 class MatMul(nn.Module):
@@ -73,9 +101,10 @@ class MatMul(nn.Module):
 
 
 class Attend(nn.Module):
-    """softmax(q kᵀ / √d + bias) v on F.scaled_dot_product_attention; q (B, h, N, d), k and v (B, h, M, d) -> (B, h, N, d).
+    """softmax(q kᵀ / √d + bias) v, by F.scaled_dot_product_attention.
 
-    Cost: 2 N M C multiply-adds, whatever the number of heads.
+    q (B, h, N, d), k and v (B, h, M, d) -> (B, h, N, d). Cost: 2 N M C multiply-adds, whatever the
+    number of heads.
     """
 
     def forward(self, q, k, v, bias=None):
@@ -83,9 +112,10 @@ class Attend(nn.Module):
 
 
 class Pointwise(nn.Conv2d):
-    """A Linear layer on the channels of a map, held as a 1x1 convolution (public files store either shape).
+    """A Linear layer on a map's channels, held as a 1x1 convolution (files store either shape).
 
-    The CPU's convolution is a fifth faster on whole maps than the matrix product that it is; on 7x7 windows it is the reverse.
+    The CPU's convolution is a fifth faster on whole maps than the matrix product that it is; on 7x7
+    windows it is the reverse.
     """
 
     def __init__(self, in_dim, dim, bias=True):
@@ -93,14 +123,14 @@ class Pointwise(nn.Conv2d):
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of a (B, C, H, W) map: Transformers' norm, each pixel by itself."""
+    """LayerNorm over the channels of a (B, C, H, W) map: Transformers' norm, pixel by pixel."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution, padded to keep the size at stride 1, then norm, then activation; children `conv`, `norm` (models.fuse folds it)."""
+    """Convolution, then norm, then activation. models.fuse folds the norm into the convolution."""
 
     def __init__(self, conv, norm, act=None):
         super().__init__()
@@ -111,7 +141,8 @@ class ConvNorm(nn.Sequential):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, drop a sample's whole branch with probability p, scale the rest by 1/(1-p)."""
+    """Stochastic depth (arXiv 1603.09382): in training, drop a sample's whole branch with
+    probability p and scale the rest by 1/(1-p)."""
 
     def __init__(self, p):
         super().__init__()
@@ -124,18 +155,14 @@ class DropPath(nn.Module):
         return x * (keep / (1 - self.p)).to(x.dtype)
 
 
-def resize(x, size):
-    """Bilinear, corners not aligned: the interpolation of every decoder here. Keeps channels_last."""
-    return x if x.shape[2:] == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
-
-
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over (B, H, W), with a clear word where a batch of one 1 x 1 map leaves nothing to estimate a variance from."""
+    """BatchNorm over (B, H, W). A batch of one 1 x 1 map has no variance: a UserError says so."""
 
     def forward(self, x):
         if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-            raise UserError("BatchNorm in training mode got one image whose map is 1 x 1: no variance to estimate; "
-                            "use --batch-size 2 or more, or larger images (of no help where lawin pools the whole image)")
+            raise UserError("BatchNorm in training mode got one image whose map is 1 x 1: no "
+                            "variance to estimate; use --batch-size 2 or more, or larger images "
+                            "(of no help where lawin pools the whole image)")
         return super().forward(x)
 
 
@@ -156,26 +183,80 @@ NORM = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Embeddings: between the stages, the only places where the resolution falls
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Bilinear up-sampling: of a whole map, and of a strip of its rows ----------------------------
+
+def resize(x, size):
+    """Bilinear, corners not aligned: every decoder's interpolation here. Keeps channels_last."""
+    if x.shape[2:] == tuple(size):
+        return x
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+# Elements of an up-sampled map held at once: what a CPU's cache holds; enough for a GPU to do.
+STRIP = {"cpu": 2 ** 20, "cuda": 2 ** 25}
+
+
+def _strips(height, row_size, device):
+    """Pairs [start, stop) of output rows; of shapes and device alone, so that runs repeat."""
+    rows = max(1, STRIP.get(device.type, STRIP["cpu"]) // row_size)
+    return [(y, min(y + rows, height)) for y in range(0, height, rows)]
+
+
+def _rows(start, stop, height, like):
+    """The vertical half of a bilinear resize to `height`: (first, last + 1 source row, matrix).
+
+    Bilinear weights are products of a vertical and a horizontal one. The vertical half is a matrix
+    product here, because a strip is a choice of its rows, which F.interpolate cannot make; the
+    horizontal half is the same for all rows and stays F.interpolate's.
+    matrix (rows, sources), in the type and on the device of `like`.
+    """
+    h = like.shape[2]
+    first = int(max((start + 0.5) * h / height - 0.5, 0))
+    last = min(int((stop - 0.5) * h / height - 0.5) + 2, h)
+    row = torch.arange(start, stop, dtype=torch.float64)
+    source = ((row + 0.5) * (h / height) - 0.5).clamp(0, h - 1)
+    weights = (1 - (source[:, None] - torch.arange(first, last)).abs()).clamp(min=0)
+    return first, last, weights.to(like)
+
+
+def _upsample_strip(logits, start, stop, size):
+    """Rows [start, stop) of the resize of logits (B, K, h, w) to `size`: (B, rows, W, K)."""
+    first, last, vertical = _rows(start, stop, size[0], logits)
+    wide = resize(logits[:, :, first:last], (last - first, size[1]))
+    wide = wide.permute(0, 2, 3, 1)                                 # (B, sources, W, K)
+    return (vertical @ wide.flatten(2)).unflatten(2, wide.shape[2:])
+
+
+def _downsample_strip(grad, start, stop, height, like):
+    """The gradient of _upsample_strip: grad (B, rows, W, K) -> (first, last + 1 row of the logits,
+    their gradient (B, K, sources, w))."""
+    first, last, vertical = _rows(start, stop, height, like)
+    wide = (vertical.T @ grad.flatten(2)).unflatten(2, grad.shape[2:]).permute(0, 3, 1, 2)
+    shape = (*like.shape[:2], last - first, like.shape[3])
+    narrow = torch.ops.aten.upsample_bilinear2d_backward(wide, wide.shape[2:], shape, False)
+    return first, last, narrow
+
+
+# ---- Embeddings: between the stages, the only places where the resolution falls ------------------
 
 class OverlapEmbed(ConvNorm):
-    """Overlapping patches: a strided 7x7 (stem) or 3x3 convolution, then a norm (SegFormer §3.1; PVTv2 §3.3).
+    """Overlapping patches: a strided 7x7 (stem) or 3x3 convolution, then a norm.
 
-    Zero padding k//2 gives ceil(H/s) for any H. The norm's eps is 1e-5 here, whatever the blocks use.
+    SegFormer §3.1; PVTv2 §3.3. Zero padding k//2 gives ceil(H/s) for any H.
     """
 
     def __init__(self, in_dim, dim, stride, norm):
         kernel = 2 * stride - 1
-        super().__init__(nn.Conv2d(in_dim, dim, kernel, stride, kernel // 2), norm(dim, eps=1e-5))
+        conv = nn.Conv2d(in_dim, dim, kernel, stride, kernel // 2)
+        super().__init__(conv, norm(dim, eps=1e-5))
 
 
 class PatchEmbed(nn.Module):
-    """Patches that do not overlap (Swin, arXiv 2103.14030 §3.1): 4x4 convolution and norm, then 2x2 merging.
+    """Patches that do not overlap: 4x4 convolution and norm, then 2x2 merging (Swin §3.1).
 
-    Merging: norm, then Linear without bias, of the 2x2 neighbours' channels in the order (row, column) 00, 10, 01, 11.
-    Zeros fill the last patch to the right and below, as in the released segmentation code. Norm eps 1e-5.
+    arXiv 2103.14030. Merging: norm, then Linear without bias, of the 2x2 neighbours' channels in
+    the order (row, column) 00, 10, 01, 11. Zeros fill the last patch to the right and below, as in
+    the released segmentation code.
     """
 
     def __init__(self, in_dim, dim, stride, norm):
@@ -190,41 +271,47 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x):
         s = self.stride
-        bottom, right = -x.shape[2] % s, -x.shape[3] % s
-        if bottom or right:
-            x = F.pad(x, (0, right, 0, bottom))
+        x = fill(x, s)
         if s == 4:
             return self.norm(self.proj(x))
-        x = x.permute(0, 2, 3, 1).unflatten(1, (-1, s)).unflatten(3, (-1, s))   # (B, H/s, s, W/s, s, C)
-        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)                              # (B, H/s, W/s, s s C)
+        x = x.permute(0, 2, 3, 1)
+        x = x.unflatten(1, (-1, s)).unflatten(3, (-1, s))           # (B, H/s, s, W/s, s, C)
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)                  # (B, H/s, W/s, s s C)
         return self.reduction(self.norm(x.permute(0, 3, 1, 2)))
 
 
 class ConvEmbed(nn.Sequential):
-    """3x3 convolutions of stride 2, each with a norm (SegNeXt §3.1); the stem has two, with a GELU between them alone."""
+    """3x3 convolutions of stride 2, each with a norm (SegNeXt §3.1).
+
+    The stem has two, with a GELU between them alone.
+    """
 
     def __init__(self, in_dim, dim, stride, norm):
-        widths = [in_dim, dim // 2, dim] if stride == 4 else [in_dim, dim]
-        super().__init__(*(ConvNorm(nn.Conv2d(a, b, 3, 2, 1), norm(b, eps=1e-5), nn.GELU() if b != dim else None)
-                           for a, b in zip(widths, widths[1:])))
+        step = lambda a, b, act=None: ConvNorm(nn.Conv2d(a, b, 3, 2, 1), norm(b, eps=1e-5), act)
+        if stride == 4:
+            super().__init__(step(in_dim, dim // 2, nn.GELU()), step(dim // 2, dim))
+        else:
+            super().__init__(step(in_dim, dim))
 
 
 class NextEmbed(nn.Sequential):
-    """Next-ViT's down-sampling (arXiv 2207.05501 §3.5): 2x2 mean, 1x1 convolution, norm; the stem is four 3x3 ConvNormReLU.
+    """Next-ViT's down-sampling (arXiv 2207.05501 §3.5): 2x2 mean, 1x1 convolution, norm.
 
-    Where sides are odd, the last mean is over the pixels that are there. The stem's 64 channels go through a 1x1 convolution
-    where the first stage has another width: in the released code that one belongs to the stage's first block.
+    The stem is four 3x3 ConvNormReLU. Where sides are odd, the last mean is over the pixels that
+    are there. The stem's 64 channels go through a 1x1 convolution where the first stage has another
+    width: in the released code that one belongs to the stage's first block.
     """
 
     def __init__(self, in_dim, dim, stride, norm):
         steps = []
         if stride == 4:
             widths, strides = (in_dim, 64, 32, 64, 64), (2, 1, 1, 2)
-            steps = [ConvNorm(nn.Conv2d(a, b, 3, s, 1, bias=False), norm(b, eps=1e-5), nn.ReLU())
-                     for a, b, s in zip(widths, widths[1:], strides)]
+            for a, b, s in zip(widths, widths[1:], strides):
+                conv = nn.Conv2d(a, b, 3, s, 1, bias=False)
+                steps.append(ConvNorm(conv, norm(b, eps=1e-5), nn.ReLU()))
             in_dim = 64
         elif stride == 2:
-            steps = [nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)]
+            steps.append(nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False))
         if stride == 2 or in_dim != dim:
             steps.append(ConvNorm(Pointwise(in_dim, dim, bias=False), norm(dim, eps=1e-5)))
         super().__init__(*steps or [nn.Identity()])
@@ -238,18 +325,19 @@ EMBED = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention and other token mixers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Attention and other token mixers ------------------------------------------------------------
 
 class SpatialReductionAttention(nn.Module):
-    """Attention whose keys and values come from a grid reduced by R in each direction (PVT §3.3; SegFormer §3.1 "efficient").
+    """Attention to a grid that is R times smaller in each direction (PVT §3.3; SegFormer §3.1).
 
-    q = Wq x;  k, v = Wkv LN(conv_{RxR, stride R}(x)) for R > 1, else Wkv x;  out = Wo softmax(q kᵀ / √d) v
-    As in the released code, the reducing convolution has no padding: rows and columns that do not fill a cell are not
-    seen as keys, so a map needs H, W >= R. LN has eps 1e-5. Cost: 2NC² + 2MC² + M R² C² (R > 1) + 2NMC, M = ⌊H/R⌋⌊W/R⌋.
+    q = Wq x;  k, v = Wkv LN(conv_{RxR, stride R}(x)) for R > 1, else Wkv x
+    out = Wo softmax(q kᵀ / √d) v
+    As in the released code, the reducing convolution has no padding: rows and columns that do not
+    fill a cell are not seen as keys, so a map needs H, W >= R. R is fixed, not M: the cost is
+    quadratic in N, however large R is ("efficient" in the paper means R² times less).
+    Cost: 2NC² + 2MC² + M R² C² (R > 1) + 2NMC, M = ⌊H/R⌋⌊W/R⌋.
     """
-    reduces = True          # needs a grid of at least R x R
+    reduces = True
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
@@ -269,48 +357,20 @@ class SpatialReductionAttention(nn.Module):
     def forward(self, x):
         q = heads_first(tokens(self.q(x)), self.heads)              # (B, h, N, d)
         kv = tokens(self.kv(self.reduce(x)))                        # (B, M, 2C)
-        k, v = (heads_first(t, self.heads) for t in kv.chunk(2, -1))    # (B, h, M, d)
+        k, v = (heads_first(t, self.heads) for t in kv.chunk(2, -1))        # (B, h, M, d)
         out = self.attend(q, k, v).transpose(1, 2).flatten(2)       # (B, N, C)
         return self.proj(grid(out, x))
 
 
-POOL = 7        # side of the grid that linear attention pools its keys to
-
-
-class LinearSRA(SpatialReductionAttention):
-    """Attention to a map pooled to 7x7, whatever the image's size: cost linear in N (PVTv2, arXiv 2106.13797 §3.2).
-
-    As SpatialReductionAttention, with keys and values from GELU(LN(W mean_7x7(x))); R is not used. A map smaller than 7x7 is
-    repeated, not pooled, as the released code does. Cost: 2NC² + 49 (3C² + 2NC).
-    """
-    reduces = False
-
-    def __init__(self, dim, heads, reduction, index=0):
-        super().__init__(dim, heads, 1)
-        self.pool = nn.AdaptiveAvgPool2d(POOL)
-        self.sr = Pointwise(dim, dim)
-        self.norm = LayerNorm2d(dim)
-        self.act = nn.GELU()
-
-    def reduce(self, x):
-        return self.act(self.norm(self.sr(self.pool(x))))           # (B, C, 7, 7)
-
-
-class LinearSRANoProj(LinearSRA):
-    """LinearSRA without the output projection: the original project's final block; saves NC² multiply-adds, C² + C parameters."""
-
-    def __init__(self, dim, heads, reduction, index=0):
-        super().__init__(dim, heads, reduction)
-        self.proj = nn.Identity()
-
-
 class EfficientAttention(nn.Module):
-    """Attention whose soft-maxes come before the product, so that it costs O(N) (arXiv 1812.01243 §3.2, Eq. 4).
+    """Attention whose soft-maxes come before the product, so that it costs O(N).
 
-    out = Wo (Wr ρq(Q) (ρk(K)ᵀ V) + x);  ρq: soft-max over a head's channels, ρk: over the positions; no 1/√d
-    Wr and the inner shortcut are the released module (heads are its addition to the paper); Wo is the output projection that
-    SegFormer's blocks put behind it. Widths 64 and 32 in every stage, as the original project has them; heads: the largest
-    power of two up to the row's, as both must divide by it. Cost: 192NC + NC² + 4096 N / h.
+    arXiv 1812.01243 §3.2, Eq. 4:  out = Wo (Wr ρq(Q) (ρk(K)ᵀ V) + x)
+    ρq: soft-max over a head's channels, ρk: over the positions; no 1/√d. Wr and the inner shortcut
+    are the released module (heads are its addition to the paper); Wo is the output projection that
+    SegFormer's blocks put behind it. Widths 64 and 32 in every stage, as the original project has
+    them; heads: the largest power of two up to the row's, as both must divide by it.
+    Cost: 192NC + NC² + 4096 N / h.
     """
 
     def __init__(self, dim, heads, reduction, index=0, key_dim=64, value_dim=32):
@@ -328,44 +388,74 @@ class EfficientAttention(nn.Module):
 
     def forward(self, x):
         y = self.reduce(x)
-        q = tokens(self.queries(x)).unflatten(-1, (self.heads, -1)).softmax(-1).transpose(1, 2)     # (B, h, N, dk)
-        k = heads_first(tokens(self.keys(y)).softmax(1), self.heads)            # (B, h, M, dk)
-        v = heads_first(tokens(self.values(y)), self.heads)                     # (B, h, M, dv)
-        context = self.matmul(k.mT, v)                                          # (B, h, dk, dv)
-        out = self.matmul(q, context).transpose(1, 2).flatten(2)                # (B, N, 32)
+        q = tokens(self.queries(x)).unflatten(-1, (self.heads, -1)).softmax(-1)     # (B, N, h, dk)
+        q = q.transpose(1, 2)                                       # (B, h, N, dk)
+        k = heads_first(tokens(self.keys(y)).softmax(1), self.heads)        # (B, h, M, dk)
+        v = heads_first(tokens(self.values(y)), self.heads)         # (B, h, M, dv)
+        context = self.matmul(k.mT, v)                              # (B, h, dk, dv)
+        out = self.matmul(q, context).transpose(1, 2).flatten(2)    # (B, N, 32)
         return self.proj(self.reprojection(grid(out, x)) + x)
 
 
-class LinearEfficientAttention(EfficientAttention):
-    """LSREA: efficient attention whose keys and values come from LinearSRA's 7x7 map (the original project's own block).
+class PooledKeys(nn.Module):
+    """To be put before an attention class: its keys come from the map pooled to 7x7.
 
-    What it saves comes from the narrow 64 and 32 channels: with 49 keys, soft-max attention is linear in N as well.
+    y = GELU(LN(W mean_7x7(x))), whatever the image's size (PVTv2, arXiv 2106.13797 §3.2); R is not
+    used. A map smaller than 7x7 is repeated, not pooled, as the released code does.
     """
+    reduces = False
 
     def __init__(self, dim, heads, reduction, index=0):
-        super().__init__(dim, heads, reduction)
-        self.pool = nn.AdaptiveAvgPool2d(POOL)
+        super().__init__(dim, heads, 1)
+        self.pool = nn.AdaptiveAvgPool2d(7)
         self.sr = Pointwise(dim, dim)
         self.norm = LayerNorm2d(dim)
         self.act = nn.GELU()
 
-    reduce = LinearSRA.reduce
+    def reduce(self, x):
+        return self.act(self.norm(self.sr(self.pool(x))))           # (B, C, 7, 7)
 
 
-class LinearEfficientAttentionNoProj(LinearEfficientAttention):
-    """LSREA without the output projection behind its inner shortcut."""
+class NoProjection(nn.Module):
+    """To be put before an attention class: no output projection.
+
+    Saves NC² multiply-adds and C² + C parameters; in a whole SegFormer-B2, 1,482,816 parameters and
+    1.300 GMAC: `python flops.py --model segformer_b2 --attn lsra`, then `--attn lsra_noproj`.
+    """
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__(dim, heads, reduction)
         self.proj = nn.Identity()
 
 
-class SimplifiedAttention(nn.Module):
-    """DEST's attention without soft-max and without values (arXiv 2204.13791 §3.2): one scalar a query.
+class LinearSRA(PooledKeys, SpatialReductionAttention):
+    """PVTv2's linear attention: 49 keys, so cost linear in N: 2NC² + 49 (3C² + 2NC)."""
 
-    out = Wo (mean(x) Σ_heads max over keys of q kᵀ / √d);  k from BN(conv_{RxR, stride R}(x)) for R > 1
-    The heads only add up, so the map before Wo has rank 1, and Wo meets one vector an image: NC² - C² multiply-adds less than
-    written. Cost: NC² + MC² + M R² C² (R > 1) + NMC + C².
+
+class LinearSRANoProj(NoProjection, LinearSRA):
+    """The original project's final block."""
+
+
+class LinearEfficientAttention(PooledKeys, EfficientAttention):
+    """LSREA: efficient attention to the 7x7 map (the original project's own block).
+
+    What it saves comes from the narrow 64 and 32 channels: with 49 keys, soft-max attention is
+    linear in N as well.
+    """
+
+
+class LinearEfficientAttentionNoProj(NoProjection, LinearEfficientAttention):
+    """LSREA without the output projection behind its inner shortcut."""
+
+
+class SimplifiedAttention(nn.Module):
+    """DEST's attention without soft-max and without values (arXiv 2204.13791 §3.2).
+
+    out = Wo (mean(x) Σ_heads max_keys q kᵀ / √d);  k from BN(conv_{RxR, stride R}(x)) for R > 1
+    A soft-max shares out a weight of 1 among many values. Here is one value, mean(x), and nothing
+    to share out: a query needs one number, how well it fits its best key, and a max gives that.
+    The heads only add up, so the map before Wo has rank 1, and Wo meets one vector an image: NC² -
+    C² multiply-adds less than written. Cost: NC² + MC² + M R² C² (R > 1) + NMC + C².
     """
     reduces = True
 
@@ -375,24 +465,38 @@ class SimplifiedAttention(nn.Module):
         self.q = Pointwise(dim, dim)
         self.k = Pointwise(dim, dim)
         self.proj = Pointwise(dim, dim)
-        self.sr = ConvNorm(nn.Conv2d(dim, dim, reduction, reduction), BatchNorm2d(dim)) if reduction > 1 else nn.Identity()
+        self.sr = nn.Identity()
+        if reduction > 1:
+            self.sr = ConvNorm(nn.Conv2d(dim, dim, reduction, reduction), BatchNorm2d(dim))
         self.matmul = MatMul()
 
     def forward(self, x):
-        q = heads_first(tokens(self.q(x)), self.heads)                          # (B, h, N, d)
-        k = heads_first(tokens(self.k(self.sr(x))), self.heads)                 # (B, h, M, d)
-        weight = self.matmul(q, k.mT).amax(-1).sum(1) * q.shape[-1] ** -0.5     # (B, N)
+        q = heads_first(tokens(self.q(x)), self.heads)              # (B, h, N, d)
+        k = heads_first(tokens(self.k(self.sr(x))), self.heads)     # (B, h, M, d)
+        fit = self.matmul(q, k.mT).amax(-1).sum(1)                  # (B, N)
+        fit = fit * q.shape[-1] ** -0.5
+        # Wo (fit · mean) + bo = fit · (Wo mean) + bo: proj is never called on the map; its weight
+        # meets the mean, its bias is added where the outer product is formed.
         value = self.matmul(x.mean((2, 3)), self.proj.weight.flatten(1).T)      # (B, C)
-        return grid(torch.addcmul(self.proj.bias, weight[..., None], value[:, None]), x)
+        return grid(torch.addcmul(self.proj.bias, fit[..., None], value[:, None]), x)
 
 
 class WindowAttention(nn.Module):
-    """Attention inside 7x7 windows, which odd blocks shift by 3 (Swin, arXiv 2103.14030 §3.2), with a bias for each offset.
+    """Attention inside 7x7 windows, which odd blocks shift by 3 (Swin, arXiv 2103.14030 §3.2).
 
-    softmax(q kᵀ / √d + B + mask) v;  B from a table of 13² offsets a head;  mask: -100 between pixels that the cyclic shift
-    made neighbours. As the released segmentation code: pad right and below to multiples of 7, then roll; padded pixels are
-    zeros that do act as keys. Classification never shifts along a side of at most 7 pixels: models.build then sets
-    `shift_small` to False. Cost: 4NC² + 98NC for the padded N.
+    softmax(q kᵀ / √d + B + mask) v;  B: a bias for each of the 13² offsets and each head;  mask:
+    -100 between pixels that the cyclic shift made neighbours. Padded pixels are zeros that do act
+    as keys. As the released segmentation code: pad right and below to multiples of 7, then roll.
+    The seam of the roll then falls into the last window, where the mask expects it; rolled first,
+    it would lie anywhere, with the padding behind it. Classification never shifts along a side of
+    at most 7 pixels: models.build then sets `shift_small` to False. Cost: 4NC² + 98NC, N padded.
+
+    In one dimension, windows of 3, shift 1, six pixels a..f:
+        rolled    b c d | e f a      a and f meet, but are not neighbours
+        part      0 0 0 | 1 1 2      the mask is -100 where the parts of query and key differ
+        bias      query i, key j -> table[i - j + 2]:   2 1 0
+                                                        3 2 1
+                                                        4 3 2
     """
     SIZE, SHIFT = 7, 3
 
@@ -403,60 +507,73 @@ class WindowAttention(nn.Module):
         self.shift_small = True
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * self.SIZE - 1) ** 2, heads))
+        offsets = (2 * self.SIZE - 1) ** 2
+        self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, heads))
         nn.init.normal_(self.relative_position_bias_table, std=0.02)
         self.attend = Attend()
 
     def forward(self, x):
         height, width = x.shape[2:]
-        bottom, right = -height % self.SIZE, -width % self.SIZE
-        y = F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+        y = fill(x, self.SIZE)
         shift = [self.shift if self.shift_small or side > self.SIZE else 0 for side in y.shape[2:]]
-        y = y.roll([-s for s in shift], (2, 3)) if any(shift) else y
-        p = windows(y, self.SIZE, self.SIZE)                                    # (P, C, 7, 7)
-        q, k, v = (heads_first(t, self.heads) for t in self.qkv(tokens(p)).chunk(3, -1))    # (P, h, 49, d)
-        bias = self.bias()
         if any(shift):
-            bias = (bias + self.mask(y, shift)).repeat(len(x), 1, 1, 1)         # (P, h, 49, 49)
-        out = self.proj(self.attend(q, k, v, bias).transpose(1, 2).flatten(2))  # (P, 49, C)
+            y = y.roll([-s for s in shift], (2, 3))
+        p = windows(y, self.SIZE, self.SIZE)                        # (P, C, 7, 7)
+        qkv = self.qkv(tokens(p)).chunk(3, -1)
+        q, k, v = (heads_first(t, self.heads) for t in qkv)         # (P, h, 49, d)
+        bias = self.bias()                                          # (1, h, 49, 49)
+        if any(shift):
+            bias = (bias + self.mask(y, shift)).repeat(len(x), 1, 1, 1)     # (P, h, 49, 49)
+        out = self.proj(self.attend(q, k, v, bias).transpose(1, 2).flatten(2))      # (P, 49, C)
         out = join_windows(grid(out, p), y)
-        out = out.roll(shift, (2, 3)) if any(shift) else out
+        if any(shift):
+            out = out.roll(shift, (2, 3))
         return out[:, :, :height, :width]
 
     def bias(self):
         """(1, h, 49, 49): entry (query i, key j) is the table's at offset i - j, both axes + 6."""
         side = 2 * self.SIZE - 1
-        table = self.relative_position_bias_table.unflatten(0, (side, side))    # (13, 13, h)
-        by_query = table.unfold(0, self.SIZE, 1).unfold(1, self.SIZE, 1).flip(3, 4)     # (7, 7, h, 7, 7)
-        return by_query.permute(2, 0, 1, 3, 4).flatten(3).flatten(1, 2)[None]
+        table = self.relative_position_bias_table.unflatten(0, (side, side))        # (13, 13, h)
+        # Query i reads the entries i .. i + 6 of an axis, backwards: those of keys 0 .. 6.
+        by_query = table.unfold(0, self.SIZE, 1).unfold(1, self.SIZE, 1).flip(3, 4)
+        by_query = by_query.permute(2, 0, 1, 3, 4)                  # (h, 7, 7, 7, 7): i, then j
+        return by_query.flatten(3).flatten(1, 2)[None]
 
     def mask(self, y, shift):
-        """(windows of one image, 1, 49, 49): -100 where query and key were not in one window's part of the map before rolling."""
+        """(windows of one image, 1, 49, 49): -100 where query and key are of different parts."""
         parts = []
         for side, s in zip(y.shape[2:], shift):
             i = torch.arange(side, device=y.device)
-            part = (i >= side - self.SIZE).int() + (i >= side - s).int() if s else torch.zeros_like(i)
-            parts.append(part.view(-1, self.SIZE))                              # (windows, 7)
+            part = torch.zeros_like(i)
+            if s:
+                part = (i >= side - self.SIZE).int() + (i >= side - s).int()
+            parts.append(part.view(-1, self.SIZE))                  # (windows, 7)
         part = 3 * parts[0][:, None, :, None] + parts[1][None, :, None, :]      # (h, w, 7, 7)
-        part = part.flatten(2).flatten(0, 1)                                    # (h w, 49)
+        part = part.flatten(2).flatten(0, 1)                        # (h w, 49)
         return -100.0 * (part[:, :, None] != part[:, None, :])[:, None].to(y.dtype)
 
 
 class MSCA(nn.Module):
-    """Multi-scale convolutional attention: a gate from large strip convolutions (SegNeXt, arXiv 2209.08575 §3.1, Eq. 1).
+    """Multi-scale convolutional attention: a gate from large strip convolutions.
 
-    g = GELU(W1 x);  z = DW5x5(g);  out = W2 (g ⊙ W3 (z + Σ_k DW_kx1(DW_1xk(z)))) + x,  k = 7, 11, 21
-    The inner shortcut adds this module's input, that is, the normed map; no sigmoid. The original project's copy reads the
-    input in every strip and lacks the shortcut; this is the paper's. Cost: 3NC² + 103NC.
+    SegNeXt, arXiv 2209.08575 §3.1, Eq. 1:
+    g = GELU(W1 x);  z = DW5x5(g);  out = W2 (g ⊙ W3 (z + Σ_k DW_kx1(DW_1xk(z)))) + x, k = 7, 11, 21
+    The inner shortcut adds this module's input, that is, the normed map; no sigmoid. The original
+    project's copy reads the input in every strip and lacks the shortcut; this is the paper's.
+    Cost: 3NC² + 103NC.
     """
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
-        strip = lambda *kernel: nn.Conv2d(dim, dim, kernel, padding=[k // 2 for k in kernel], groups=dim)
+
+        def depthwise(*kernel):
+            return nn.Conv2d(dim, dim, kernel, padding=[k // 2 for k in kernel], groups=dim)
+
         self.proj_1 = Pointwise(dim, dim)
         self.act = nn.GELU()
-        self.local = strip(5, 5)
-        self.strips = nn.ModuleList(nn.Sequential(strip(1, k), strip(k, 1)) for k in (7, 11, 21))
+        self.local = depthwise(5, 5)
+        self.strips = nn.ModuleList(
+            nn.Sequential(depthwise(1, k), depthwise(k, 1)) for k in (7, 11, 21))
         self.mix = Pointwise(dim, dim)
         self.proj_2 = Pointwise(dim, dim)
 
@@ -468,38 +585,40 @@ class MSCA(nn.Module):
 
 
 class TokenMixer(nn.Module):
-    """MLP-Mixer's token MLP (arXiv 2105.01601 Eq. 1), shared by the channels and by 7x7 windows, so that any image size works.
+    """MLP-Mixer's token MLP (arXiv 2105.01601 Eq. 1), shared by the channels and by 7x7 windows.
 
-    y = W4 GELU(W3 x + b3) + b4 along the 49 positions of a window, hidden width C/2; zeros fill the last windows. Without a
-    shift: between windows, the FFN's 3x3 convolution and the embeddings carry what there is. erf GELU, as in timm; the
-    original has the tanh form. Cost: NC² for the padded N.
+    y = W4 GELU(W3 x + b3) + b4 along the 49 positions of a window, hidden width C/2. Windows serve
+    any image size; zeros fill the last ones. Without a shift: between windows, the FFN's 3x3
+    convolution and the embeddings carry what there is. erf GELU, as in timm; the original has the
+    tanh form. Cost: NC² for the padded N.
     """
     SIZE = 7
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
-        self.fc1 = nn.Conv1d(self.SIZE ** 2, dim // 2, 1)           # the positions are the convolution's channels
+        self.fc1 = nn.Conv1d(self.SIZE ** 2, dim // 2, 1)           # positions are its channels
         self.act = nn.GELU()
         self.fc2 = nn.Conv1d(dim // 2, self.SIZE ** 2, 1)
 
     def forward(self, x):
         height, width = x.shape[2:]
-        bottom, right = -height % self.SIZE, -width % self.SIZE
-        y = F.pad(x, (0, right, 0, bottom)) if bottom or right else x
-        p = windows(y, self.SIZE, self.SIZE)                                    # (P, C, 7, 7)
-        out = self.fc2(self.act(self.fc1(tokens(p))))                           # (P, 49, C)
+        y = fill(x, self.SIZE)
+        p = windows(y, self.SIZE, self.SIZE)                        # (P, C, 7, 7)
+        out = self.fc2(self.act(self.fc1(tokens(p))))               # (P, 49, C)
         return join_windows(grid(out, p), y)[:, :, :height, :width]
 
 
 class MHCA(nn.Module):
-    """Multi-head convolutional attention: W ReLU(BN(3x3 convolution in groups of channels)) (Next-ViT, arXiv 2207.05501 §3.2).
+    """Multi-head convolutional attention: W ReLU(BN(3x3 convolution in groups of channels)).
 
-    A head is a group; the 1x1 convolution lets them talk. No bias. Cost: 9NC²/h + NC².
+    Next-ViT, arXiv 2207.05501 §3.2. A head is a group; the 1x1 convolution lets them talk. No bias.
+    Cost: 9NC²/h + NC².
     """
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
-        self.group_conv = ConvNorm(nn.Conv2d(dim, dim, 3, padding=1, groups=heads, bias=False), BatchNorm2d(dim), nn.ReLU())
+        conv = nn.Conv2d(dim, dim, 3, padding=1, groups=heads, bias=False)
+        self.group_conv = ConvNorm(conv, BatchNorm2d(dim), nn.ReLU())
         self.projection = Pointwise(dim, dim, bias=False)
 
     def forward(self, x):
@@ -507,10 +626,11 @@ class MHCA(nn.Module):
 
 
 class EMHSA(nn.Module):
-    """Attention whose keys are means of R² consecutive tokens (Next-ViT's E-MHSA, arXiv 2207.05501 §3.3, Eq. 4).
+    """Attention whose keys are means of R² consecutive tokens (Next-ViT's E-MHSA, §3.3, Eq. 4).
 
-    k, v from BN(mean of R² tokens) for R > 1. As in the released code the tokens are those of the flattened map, R² along a
-    row and not R x R, and the last ones that do not fill a mean are not seen. Cost: 2NC² + 2MC² + 2NMC, M = ⌊N/R²⌋.
+    k, v from BN(mean of R² tokens) for R > 1. As in the released code the tokens are those of the
+    flattened map, R² along a row and not R x R, and the last ones that do not fill a mean are not
+    seen. Cost: 2NC² + 2MC² + 2NMC, M = ⌊N/R²⌋.
     """
     reduces = True
 
@@ -523,14 +643,17 @@ class EMHSA(nn.Module):
             self.norm = BatchNorm2d(dim)
         self.attend = Attend()
 
+    def reduce(self, x):
+        if self.group == 1:
+            return x
+        t = tokens(x)
+        m = t.shape[1] // self.group
+        t = t[:, :m * self.group].unflatten(1, (m, self.group)).mean(2)     # (B, M, C)
+        return self.norm(t[:, None].permute(0, 3, 1, 2))            # (B, C, 1, M)
+
     def forward(self, x):
-        y = x
-        if self.group > 1:
-            t = tokens(x)
-            m = t.shape[1] // self.group
-            t = t[:, :m * self.group].unflatten(1, (m, self.group)).mean(2)     # (B, M, C)
-            y = self.norm(t[:, None].permute(0, 3, 1, 2))                       # (B, C, 1, M)
-        q, k, v = (heads_first(tokens(f(a)), self.heads) for f, a in ((self.q, x), (self.k, y), (self.v, y)))
+        y = self.reduce(x)
+        q, k, v = (heads_first(tokens(t), self.heads) for t in (self.q(x), self.k(y), self.v(y)))
         return self.proj(grid(self.attend(q, k, v).transpose(1, 2).flatten(2), x))
 
 
@@ -550,9 +673,7 @@ ATTENTION = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Feed-forward networks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Feed-forward networks -----------------------------------------------------------------------
 
 class MLP(nn.Module):
     """fc2(act(fc1 x)): the Transformer's own. Cost: 2 r N C²."""
@@ -568,9 +689,10 @@ class MLP(nn.Module):
 
 
 class MixFFN(nn.Module):
-    """fc2(GELU(DW3x3(fc1 x))): the zero-padded depth-wise convolution carries position, so no embedding does (SegFormer Eq. 3).
+    """fc2(GELU(DW3x3(fc1 x))), SegFormer Eq. 3; the residual of that equation is the block's.
 
-    Cost: 2 r N C² + 9 r N C. No inner shortcut: the residual of Eq. 3 is the block's.
+    The zero-padded depth-wise convolution carries position, so no embedding does.
+    Cost: 2 r N C² + 9 r N C.
     """
 
     def __init__(self, dim, ratio):
@@ -586,7 +708,7 @@ class MixFFN(nn.Module):
 
 
 class MixReLUFFN(MixFFN):
-    """MixFFN with a ReLU after fc1: PVTv2's linear models have it in their released code, not in the paper."""
+    """MixFFN with a ReLU after fc1: so PVTv2's linear models in their code, not in the paper."""
 
     def __init__(self, dim, ratio):
         super().__init__(dim, ratio)
@@ -597,13 +719,17 @@ class MixReLUFFN(MixFFN):
 
 
 class DestFFN(nn.Module):
-    """fc2(ReLU(BN(DW3x3(BN(fc1 x))))): DEST's Mix-FFN, all of it foldable (arXiv 2204.13791 §3.3). Cost: that of MixFFN."""
+    """fc2(ReLU(BN(DW3x3(BN(fc1 x))))): DEST's Mix-FFN, all of it foldable (arXiv 2204.13791 §3.3).
+
+    Cost: that of MixFFN.
+    """
 
     def __init__(self, dim, ratio):
         super().__init__()
         hidden = dim * ratio
         self.fc1 = ConvNorm(Pointwise(dim, hidden), BatchNorm2d(hidden))
-        self.dwconv = ConvNorm(nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden), BatchNorm2d(hidden), nn.ReLU())
+        depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.dwconv = ConvNorm(depthwise, BatchNorm2d(hidden), nn.ReLU())
         self.fc2 = Pointwise(hidden, dim)
 
     def forward(self, x):
@@ -618,12 +744,13 @@ FFN = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Skips: how a branch F (attention or FFN) joins its input
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Skips: how a branch F (attention or FFN) joins its input ------------------------------------
 
 class PreNorm(nn.Module):
-    """x + DropPath(F(norm x)): the pre-norm residual of nearly all Transformers here. `norm` makes one norm, e.g. LN with the row's eps."""
+    """x + DropPath(F(norm x)): the pre-norm residual of nearly all Transformers here.
+
+    norm: makes one norm of a width, e.g. LayerNorm2d with the row's eps.
+    """
 
     def __init__(self, branch, dim, norm, drop_path):
         super().__init__()
@@ -636,7 +763,10 @@ class PreNorm(nn.Module):
 
 
 class ScaledPreNorm(PreNorm):
-    """x + DropPath(s ⊙ F(norm x)), s one scale a channel, 0.01 at the start (CaiT, arXiv 2103.17239 §2; SegNeXt's blocks)."""
+    """x + DropPath(s ⊙ F(norm x)), s one scale a channel, 0.01 at the start.
+
+    CaiT, arXiv 2103.17239 §2; SegNeXt's blocks.
+    """
 
     def __init__(self, branch, dim, norm, drop_path):
         super().__init__(branch, dim, norm, drop_path)
@@ -647,9 +777,10 @@ class ScaledPreNorm(PreNorm):
 
 
 class RecursiveSkip(nn.Module):
-    """norm2(DropPath(norm1(F(x) + x)) + x): the shortcut added twice, post-norm (arXiv 2105.07205, rSkip+LN of order 2).
+    """norm2(DropPath(norm1(F(x) + x)) + x): the shortcut added twice, post-norm.
 
-    The branch gets x as it is. With separate norms and the drop-path inside, as the original project has it.
+    arXiv 2105.07205, rSkip+LN of order 2. The branch gets x as it is. With separate norms and the
+    drop-path inside, as the original project has it.
     """
 
     def __init__(self, branch, dim, norm, drop_path):
@@ -678,12 +809,27 @@ class Block(nn.Sequential):
         self.ffn = ffn
 
 
+HEAD_DIM = 32       # channels of a head, or group, in Next-ViT
+
+
+def attention_width(dim):
+    """Channels of an NTB's attention: 3/4 of its output, to the nearest multiple of 32.
+
+    Never below 0.9 of those 3/4.
+    """
+    width = max(HEAD_DIM, int(0.75 * dim + HEAD_DIM / 2) // HEAD_DIM * HEAD_DIM)
+    return width if width >= 0.9 * int(0.75 * dim) else width + HEAD_DIM
+
+
 class NextConvBlock(nn.Module):
-    """NCB: x + MHCA(x), then x + MLP(BN(x)) with ReLU and ratio 3 (Next-ViT, arXiv 2207.05501 §3.2). MHCA has no norm before it."""
+    """NCB: x + MHCA(x), then x + MLP(BN(x)) with ReLU and ratio 3 (Next-ViT §3.2).
+
+    MHCA has no norm before it.
+    """
 
     def __init__(self, in_dim, dim, drop_path):
         super().__init__()
-        self.patch_embed = NextEmbed(in_dim, dim, 1, BatchNorm2d)       # nothing, where the widths agree
+        self.patch_embed = NextEmbed(in_dim, dim, 1, BatchNorm2d)   # nothing, if the widths agree
         self.mhca = MHCA(dim, dim // HEAD_DIM, 1)
         self.mlp_norm = BatchNorm2d(dim)
         self.mlp = MLP(dim, 3, nn.ReLU)
@@ -696,10 +842,11 @@ class NextConvBlock(nn.Module):
 
 
 class NextTransformerBlock(nn.Module):
-    """NTB: attention on 3/4 of the channels, MHCA on a projection of them, both kept; then an MLP of ratio 2 (§3.3, Eq. 6).
+    """NTB: attention on 3/4 of the channels, MHCA on a projection of them, both kept; then an MLP.
 
+    Next-ViT §3.3, Eq. 6:
     y = x + attention(BN(x));  z = p + MHCA(p), p = BN(W y);  out = c + MLP(BN(c)), c = cat(y, z)
-    Drop-path rates of the three: 0.75, 0.25 and 1 times the block's.
+    The MLP has ratio 2. Drop-path rates of the three: 0.75, 0.25 and 1 times the block's.
     """
 
     def __init__(self, attention, in_dim, dim, reduction, index, drop_path):
@@ -713,32 +860,26 @@ class NextTransformerBlock(nn.Module):
         self.mhca = MHCA(narrow, narrow // HEAD_DIM, 1)
         self.norm2 = BatchNorm2d(dim)
         self.mlp = MLP(dim, 2, nn.ReLU)
-        self.drop_attn, self.drop_mhca, self.drop_mlp = (DropPath(p * drop_path) for p in (0.75, 0.25, 1))
+        self.drop_attn = DropPath(0.75 * drop_path)
+        self.drop_mhca = DropPath(0.25 * drop_path)
+        self.drop_mlp = DropPath(drop_path)
 
     def forward(self, x):
         x = self.patch_embed(x)
-        y = x + self.drop_attn(self.attn(self.norm1(x)))                # (B, 3C/4, H, W)
-        z = self.projection(y)                                          # (B, C/4, H, W)
+        y = x + self.drop_attn(self.attn(self.norm1(x)))            # (B, 3C/4, H, W)
+        z = self.projection(y)                                      # (B, C/4, H, W)
         z = z + self.drop_mhca(self.mhca(z))
         c = torch.cat([y, z], 1)
         return c + self.drop_mlp(self.mlp(self.norm2(c)))
 
 
-HEAD_DIM = 32       # channels of a head, or group, in Next-ViT
-
-
-def attention_width(dim):
-    """Channels of an NTB's attention: 3/4 of its output, to the nearest multiple of 32 (never below 0.9 of it)."""
-    width = max(HEAD_DIM, int(0.75 * dim + HEAD_DIM / 2) // HEAD_DIM * HEAD_DIM)
-    return width if width >= 0.9 * int(0.75 * dim) else width + HEAD_DIM
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Heads: decoders for segmentation, one classifier
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Heads: decoders for segmentation, one classifier --------------------------------------------
 
 class Classifier(nn.Module):
-    """Mean over the last map's pixels, then Linear: the classification form of every encoder here. (B, C, H, W) -> (B, K)."""
+    """Mean over the last map's pixels, then Linear: (B, C, H, W) -> (B, K).
+
+    The classification form of every encoder here.
+    """
 
     def __init__(self, dim, num_classes):
         super().__init__()
@@ -748,13 +889,25 @@ class Classifier(nn.Module):
         return self.fc(maps[-1].mean((2, 3)))
 
 
+def logit_layer(dim, num_classes):
+    """mmseg's last layer: 1x1 convolution from `dim` channels to the logits, N(0, 0.01)."""
+    conv = Pointwise(dim, num_classes)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
 class UpsampledSum(nn.Module):
-    """Convolve a concatenation of up-sampled maps with a 1x1 kernel, without up-sampling or concatenating its inputs.
+    """Convolve a concatenation of up-sampled maps with a 1x1 kernel, without making either.
 
     F cat_i(up(W_i x_i + b_i)) + f = Σ_i up((F_i W_i) x_i) + Σ_i F_i b_i + f
-    holds exactly, because bilinear up-sampling is linear, acts on each channel alone and its weights sum to 1. So each
-    level is multiplied at its own resolution, with the merged matrix F_i W_i made anew from the two weights at each call:
-    same parameters, same function, same gradients, fewer multiply-adds (P E Σ C_i for the merge, P the width of the projections).
+    holds exactly, because bilinear up-sampling is linear, acts on each channel alone and its
+    weights sum to 1. It breaks with a norm or an activation between W and F, with a kernel F larger
+    than 1x1 (it mixes pixels, and would do so before up-sampling), and with weights that do not sum
+    to 1 (zeros beyond the border: b_i would fade there).
+    So each level is multiplied at its own resolution, with the merged matrix F_i W_i made anew from
+    the two weights at each call: same parameters, function and gradients, fewer multiply-adds
+    (P E Σ C_i for the merge, P the width of the projections).
     """
 
     def __init__(self):
@@ -763,24 +916,29 @@ class UpsampledSum(nn.Module):
         self.project = MatMul()
 
     def forward(self, fuse, maps, projections=None):
-        """fuse: 1x1 convolution over the concatenation; maps, projections: in its order -> (B, E, h, w), the finest size."""
+        """fuse: 1x1 convolution over the concatenation; maps, projections: in its order
+        -> (B, E, h, w), the finest size."""
         weight, bias = fuse.weight.flatten(1), fuse.bias
         if projections is None:
             levels = weight.split([x.shape[1] for x in maps], 1)
         else:
             levels = weight.split([p.out_channels for p in projections], 1)
             levels = [self.merge(f, p.weight.flatten(1)) for f, p in zip(levels, projections)]
-            constant = (weight * torch.cat([p.bias for p in projections])).sum(1)       # Σ F_i b_i
+            constant = (weight * torch.cat([p.bias for p in projections])).sum(1)   # Σ F_i b_i
             bias = constant if bias is None else bias + constant
+        # Four levels: terms = [y4 + bias, y3, y2, y1]; out = y1 + up(y2) + up(y4 + bias) + up(y3).
+        # The bias goes to the coarsest map, the smallest: a constant passes through up().
         terms = []
-        for x, level in sorted(zip(maps, levels), key=lambda pair: pair[0].shape[2:]):  # coarsest first
-            y = self.project(x.permute(0, 2, 3, 1), level.T)                            # (B, h_i, w_i, E)
+        pairs = sorted(zip(maps, levels), key=lambda pair: pair[0].shape[2:])       # coarsest first
+        for x, level in pairs:
+            y = self.project(x.permute(0, 2, 3, 1), level.T)        # (B, h_i, w_i, E)
             if bias is not None and not terms:
-                y = y + bias                                # on the coarsest map: a constant passes through up()
+                y = y + bias
             terms.append(y.permute(0, 3, 1, 2))
-        finest = terms.pop()
-        out = finest + resize(terms.pop(), finest.shape[2:])        # a new tensor: adding in place to a view costs copies
-        for y in terms:
+        *coarser, finest = terms
+        # A new tensor, then in place: adding in place to a view, as `finest` is one, costs copies.
+        out = finest + resize(coarser.pop(), finest.shape[2:])
+        for y in coarser:
             out += resize(y, finest.shape[2:])
         return out
 
@@ -789,10 +947,13 @@ class MlpHead(nn.Module):
     """SegFormer's all-MLP decoder (§3.2, Eq. 4), computed by the identity of UpsampledSum.
 
     Z = ReLU(BN(F cat(up(W4 x4 + b4), .., W1 x1 + b1)));  logits = V dropout2d(Z) + v, at stride 4
-    The released code drops whole channels (Dropout2d) and names the levels deepest first, as here. 62 % of SegFormer-B2's
-    multiply-adds are F on the up-sampled concatenation (mlp_concat); this form needs 3.4 + 0.6 instead of 42.1 G.
+    The released code drops whole channels (Dropout2d) and names the levels deepest first, as here.
+    Of SegFormer-B2's 62.338 GMAC at 512² as the paper draws it (mlp_concat), 42.1 are this decoder
+    and 38.7 of them F on the up-sampled concatenation; here they are 3.4 + 0.6 for the merge, in
+    all 24.287, and 23.683 after models.fuse has merged once and for all.
     """
     uses = (0, 1, 2, 3)
+    width = None
 
     def __init__(self, dims, num_classes, width, rank=None):
         super().__init__()
@@ -804,14 +965,18 @@ class MlpHead(nn.Module):
 
     def forward(self, maps):
         x = self.fuse.norm(self.mix(maps))
-        return self.classifier(self.fuse.act(self.dropout(x)))       # the scale of a channel passes ReLU: one map less to keep
+        x = self.fuse.act(self.dropout(x))      # a scale passes ReLU: one map less to keep
+        return self.classifier(x)
 
     def mix(self, maps):
         return self.sum(self.fuse.conv, maps[::-1], self.projections[::-1])
 
 
 class MlpConcatHead(MlpHead):
-    """The same decoder as the paper draws it: project, up-sample, concatenate, convolve. Same weights, same output, 10x the cost."""
+    """The same decoder as the paper draws it: project, up-sample, concatenate, convolve.
+
+    Same weights, same output, 10x the cost.
+    """
 
     def mix(self, maps):
         levels = [resize(p(x), maps[0].shape[2:]) for p, x in zip(self.projections, maps)]
@@ -819,31 +984,36 @@ class MlpConcatHead(MlpHead):
 
 
 class MergedMlpHead(nn.Module):
-    """What is left of MlpHead at inference: Σ up(W'_i x_i), ReLU, classifier, with W'_i = BN ∘ F_i W_i multiplied once and for all.
+    """What is left of MlpHead at inference: logits = V ReLU(Σ up(W'_i x_i) + b') + v.
 
-    Done in strips of rows, so that what lies between the maps and the logits stays in a CPU's cache.
+    W'_i = BN ∘ F_i W_i, multiplied once and for all. Done in strips of rows, so that what lies
+    between the maps and the logits stays in a CPU's cache.
     """
 
     def __init__(self, head):
         super().__init__()
-        fuse = head.fuse.conv                                   # its BatchNorm is folded already
-        levels = fuse.weight.flatten(1).chunk(4, 1)[::-1]
+        fuse = head.fuse.conv                                       # its norm is folded already
+        weight = fuse.weight.flatten(1)
+        levels = weight.chunk(4, 1)[::-1]
+        constant = torch.cat([p.bias for p in head.projections][::-1])
         self.levels = nn.ModuleList()
         for p, level in zip(head.projections, levels):
             merged = Pointwise(p.in_channels, fuse.out_channels, bias=p is head.projections[-1])
-            merged.weight = nn.Parameter((level @ p.weight.flatten(1))[:, :, None, None], requires_grad=False)
+            product = (level @ p.weight.flatten(1))[:, :, None, None]
+            merged.weight = nn.Parameter(product, requires_grad=False)
             self.levels.append(merged)
-        constant = torch.cat([p.bias for p in head.projections][::-1])
-        merged.bias = nn.Parameter((fuse.weight.flatten(1) * constant).sum(1) + fuse.bias, requires_grad=False)
+        bias = (weight * constant).sum(1) + fuse.bias
+        merged.bias = nn.Parameter(bias, requires_grad=False)       # the last level's, the coarsest
         self.act = nn.ReLU(inplace=True)
         self.classifier = head.classifier
 
     def forward(self, maps):
-        size = maps[0].shape[2:]
+        finest, size = maps[0], maps[0].shape[2:]
         coarse = [level(y) for level, y in zip(self.levels[1:], maps[1:])]
+        row = len(finest) * self.classifier.in_channels * size[1]
         out = []
-        for start, stop in _strips(size[0], len(maps[0]) * self.classifier.in_channels * size[1], maps[0].device):
-            x = self.levels[0](maps[0][:, :, start:stop])
+        for start, stop in _strips(size[0], row, finest.device):
+            x = self.levels[0](finest[:, :, start:stop])
             for y in coarse:
                 x += _upsample_strip(y, start, stop, size).permute(0, 3, 1, 2)
             out.append(self.classifier(self.act(x)))
@@ -851,15 +1021,18 @@ class MergedMlpHead(nn.Module):
 
 
 class NMF(nn.Module):
-    """Global context by a low-rank model of the map, X ≈ C Dᵀ with C, D >= 0 ("Hamburger", arXiv 2109.04553 §2.2).
+    """Global context by a low-rank model of the map ("Hamburger", arXiv 2109.04553 §2.2).
 
-    X (N, d) >= 0 has a pixel a row;  D₀ (d, R) random with columns of length 1;  C₀ = softmax(X D₀);  K times
+    X ≈ C Dᵀ with C, D >= 0: X (N, d) has a pixel a row, C (N, R) are its codes, D (d, R) the bases.
+    D random with columns of length 1;  C = softmax(X D);  K times
         C ← C ⊙ X D / (C DᵀD + ε);  D ← D ⊙ XᵀC / (D CᵀC + ε)
     then C once more, and C Dᵀ is the output. steps = (K in training, K at evaluation).
-    one_step: the K updates are constants to the backward pass (its "one-step gradient", as in the paper's own release);
-    SegNeXt's code differentiates through all of them. The released code draws new bases at evaluation too, which makes
-    its answers random; here all evaluations share one draw. Always float32: XᵀC sums over all pixels and overflows float16.
-    Cost: (2K + 2) N d R + (2K + 1)(N + d) R², one N d R less than written: X D₀ serves the soft-max and the first update.
+    one_step: the K updates are constants to the backward pass (its "one-step gradient", as in the
+    paper's own release); SegNeXt's code differentiates through all of them. Released codes draw new
+    bases at evaluation too, which makes their answers random; here all evaluations share one draw.
+    Always float32: XᵀC sums over all pixels and overflows float16.
+    Cost: (2K + 2) N d R + (2K + 1)(N + d) R², one N d R less than written: X D serves the soft-max
+    and the first update.
     """
 
     def __init__(self, dim, rank, steps, eps, one_step=False):
@@ -868,62 +1041,59 @@ class NMF(nn.Module):
         self.eps = eps
         self.one_step = one_step
         self.matmul = MatMul()
-        self.register_buffer("bases", self.draw(dim, rank), persistent=False)               # (1, d, R)
+        self.register_buffer("bases", self.draw(dim, rank), persistent=False)       # (1, d, R)
 
     @staticmethod
     def draw(dim, rank):
-        bases = torch.rand(1, dim, rank, generator=torch.Generator().manual_seed(0), device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        bases = torch.rand(1, dim, rank, generator=generator, device="cpu")
         return F.normalize(bases, dim=1)
 
     def _apply(self, fn, recurse=True):
-        """The way of .to(), .half(), .to_empty(): the bases change their device, never their values."""
+        """.to(), .half(), .to_empty(): the bases change their device, never their values."""
         super()._apply(fn, recurse)
         self.bases = self.draw(*self.bases.shape[1:]).to(self.bases.device)
         return self
 
     def forward(self, x):
         with full_precision(x):
-            t = tokens(x).to(torch.promote_types(x.dtype, torch.float32))   # (B, N, d)
+            t = tokens(x).to(torch.promote_types(x.dtype, torch.float32))       # (B, N, d)
             return grid(self.approximate(t), x).to(x.dtype)
 
-    def approximate(self, x):
+    def approximate(self, X):
+        """X (B, N, d) -> C Dᵀ. The bases are held as Dᵀ, so that all products have X's order."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.one_step):
             if self.training:
-                shape = (len(x), *self.bases.shape[1:])
-                bases = F.normalize(torch.rand(shape, dtype=x.dtype, device=x.device), dim=1).mT
+                shape = (len(X), *self.bases.shape[1:])
+                Dt = F.normalize(torch.rand(shape, dtype=X.dtype, device=X.device), dim=1).mT
             else:
-                bases = self.bases.to(x).mT                                 # (1, R, d): Dᵀ keeps all products in x's order
-            codes = None
+                Dt = self.bases.to(X).mT                            # (1, R, d)
+            C = None
             for _ in range(self.train_steps if self.training else self.eval_steps):
-                codes = self.update_codes(x, bases, codes)                  # (B, N, R)
-                gram = self.matmul(codes.mT, codes)                         # (B, R, R)
-                bases = bases * self.matmul(codes.mT, x) / (self.matmul(gram, bases) + self.eps)    # (B, R, d)
-        codes = self.update_codes(x, bases, codes)
-        return self.matmul(codes, bases)                                    # (B, N, d)
+                C = self.update_codes(X, Dt, C)                     # (B, N, R)
+                CtC = self.matmul(C.mT, C)                          # (B, R, R)
+                Dt = Dt * self.matmul(C.mT, X) / (self.matmul(CtC, Dt) + self.eps)      # (B, R, d)
+        C = self.update_codes(X, Dt, C)
+        return self.matmul(C, Dt)                                   # (B, N, d)
 
-    def update_codes(self, x, bases, codes):
-        product = self.matmul(x, bases.mT)                                  # (B, N, R)
-        if codes is None:
-            codes = product.softmax(-1)
-        gram = self.matmul(bases, bases.mT)                                 # (B, R, R)
-        return codes * product / (self.matmul(codes, gram) + self.eps)
-
-
-def classifier(dim, num_classes):
-    """mmseg's last layer: 1x1 convolution, N(0, 0.01)."""
-    conv = Pointwise(dim, num_classes)
-    nn.init.normal_(conv.weight, std=0.01)
-    nn.init.zeros_(conv.bias)
-    return conv
+    def update_codes(self, X, Dt, C):
+        """C ⊙ X D / (C DᵀD + ε); C None: the first, from softmax(X D)."""
+        XD = self.matmul(X, Dt.mT)                                  # (B, N, R)
+        if C is None:
+            C = XD.softmax(-1)
+        DtD = self.matmul(Dt, Dt.mT)                                # (B, R, R)
+        return C * XD / (self.matmul(C, DtD) + self.eps)
 
 
 class HamHead(nn.Module):
-    """SegNeXt's decoder (§3.2), "LightHam": squeeze the last three maps, add their global context, align; stride 8.
+    """SegNeXt's decoder (§3.2), "LightHam": squeeze three maps, add their global context, align.
 
-    X = ReLU(GN(S cat(x2, up(x3), up(x4))));  Y = ReLU(X + GN(U NMF(ReLU(L X + l))));  logits = V dropout2d(ReLU(GN(A Y))) + v
+    X = ReLU(GN(S cat(x2, up(x3), up(x4))));  Y = ReLU(X + GN(U NMF(ReLU(L X + l))))
+    logits = V dropout2d(ReLU(GN(A Y))) + v, at stride 8
     S by the identity of UpsampledSum, which saves E (C3 (N2 - N3) + C4 (N2 - N4)) multiply-adds.
     """
     uses = (1, 2, 3)
+    width = 512
 
     def __init__(self, dims, num_classes, width, rank):
         super().__init__()
@@ -937,7 +1107,7 @@ class HamHead(nn.Module):
         self.act = nn.ReLU()
         self.align = conv_gn(width, width)
         self.dropout = nn.Dropout2d(0.1)
-        self.classifier = classifier(width, num_classes)
+        self.classifier = logit_layer(width, num_classes)
 
     def forward(self, maps):
         x = self.sum(self.squeeze.conv, maps[1:])                   # (B, E, H/8, W/8)
@@ -948,12 +1118,13 @@ class HamHead(nn.Module):
 
 
 class LightHamHead(nn.Module):
-    """The original project's lighter Hamburger: squeeze, NMF, classify, and no norm; logits at stride 8.
+    """The original project's lighter Hamburger: squeeze, NMF, classify, and no norm; stride 8.
 
     X = ReLU(S cat(x2, up(x3), up(x4)));  logits = V dropout2d(X + NMF(X)) + v
-    NMF with the one-step gradient; all weights N(0, 0.02), as in its source; S computed as in HamHead.
+    NMF with the one-step gradient; all weights N(0, 0.02), as in its source; S as in HamHead.
     """
     uses = (1, 2, 3)
+    width = 512
 
     def __init__(self, dims, num_classes, width, rank):
         super().__init__()
@@ -976,9 +1147,10 @@ WINDOW = 8      # side of Lawin's windows, in pixels at stride 8
 
 
 class PositionMixing(nn.Module):
-    """Lawin's mixing of a window's 64 positions: c + Wᵢᵀ c + bᵢ, one 64x64 matrix Wᵢ for each of h blocks of channels.
+    """Lawin's mixing of a window's 64 positions: c + Wᵢᵀ c + bᵢ, i one of h blocks of channels.
 
-    Zero at the start, as released, where W is the transpose of a Linear's weight. Cost: 64 C for each pixel.
+    Wᵢ is 64x64, and zero at the start, as released, where W is the transpose of a Linear's weight.
+    Cost: 64 C for each pixel.
     """
 
     def __init__(self, heads):
@@ -988,24 +1160,28 @@ class PositionMixing(nn.Module):
         self.matmul = MatMul()
 
     def forward(self, x):
-        blocks = tokens(x).unflatten(2, (len(self.weight), -1))                 # (P, 64, h, C/h)
-        columns = blocks.permute(2, 1, 0, 3).flatten(2)                         # (h, 64, P C/h): few large products
-        mixed = self.matmul(self.weight.mT, columns) + self.bias[0].mT          # (h, 64, P C/h)
-        mixed = mixed.unflatten(2, (-1, blocks.shape[3])).permute(2, 1, 0, 3)   # (P, 64, h, C/h)
+        blocks = tokens(x).unflatten(2, (len(self.weight), -1))     # (P, 64, h, C/h)
+        # A head's columns of all windows side by side: few large products.
+        columns = blocks.permute(2, 1, 0, 3).flatten(2)             # (h, 64, P C/h)
+        mixed = self.matmul(self.weight.mT, columns) + self.bias[0].mT      # (h, 64, P C/h)
+        mixed = mixed.unflatten(2, (-1, blocks.shape[3])).permute(2, 1, 0, 3)       # as blocks
         return grid((blocks + mixed).flatten(2), x)
 
 
 class LargeWindowAttention(nn.Module):
-    """Each 8x8 window attends to the 8R x 8R pixels around it, pooled to 8x8, with R² heads (Lawin, arXiv 2201.01615).
+    """Each 8x8 window attends to the 8R x 8R pixels around it, pooled to 8x8, with R² heads.
 
+    Lawin, arXiv 2201.01615:
     z = down_R(x);  c = context windows of z, 8/R apart;  with mixing c = mix(LN(c))
     out = x + BN(Wo softmax(θ(x) φ(c)ᵀ / √d) g(c)), where BN starts at zero
-    As in the author's full release (the paper pools every window by itself): down_R is one strided separable convolution
-    of the whole map, and 0 is what lies outside of z. LN and, without mixing, φ and g are computed before the windows
-    overlap: the same numbers from up to R² times fewer pixels.
-    Where 8 does not divide a side the released code fails; here zeros continue x to the right and to the bottom.
-    Cost for N pixels, inner width I, M = (H/R + 8 - 8/R)(W/R + 8 - 8/R) context pixels: N C/R² (R² + C) for down_R,
-    2NCI + 128NI for θ, the attention and Wo, 2NCI + 64NC for φ, g and the mixing, or 2MCI for φ and g without it.
+    As in the author's full release (the paper pools every window by itself): down_R is one strided
+    separable convolution of the whole map, and 0 is what lies outside of z. LN and, without mixing,
+    φ and g are computed before the windows overlap: the same numbers from up to R² times fewer
+    pixels. Where 8 does not divide a side the released code fails; here zeros continue x to the
+    right and to the bottom.
+    Cost for N pixels, inner width I, M = (H/R + 8 - 8/R)(W/R + 8 - 8/R) context pixels:
+    N C/R² (R² + C) for down_R, 2NCI + 128NI for θ, the attention and Wo, 2NCI + 64NC for φ, g and
+    the mixing, or 2MCI for φ and g without it.
     """
 
     def __init__(self, dim, ratio, reduction, mixing):
@@ -1015,9 +1191,10 @@ class LargeWindowAttention(nn.Module):
         self.stride = WINDOW // ratio
         margin = WINDOW - self.stride
         low, high = margin // 2, margin - margin // 2
-        self.margin = (low, high, high, low)                        # left right top bottom; R = 8: 3 4 4 3, as released
+        self.margin = (low, high, high, low)    # left right top bottom; R = 8: 3 4 4 3, as released
         depthwise = nn.Conv2d(dim, dim, ratio, ratio, groups=dim, bias=False)
-        self.down = nn.Sequential(ConvNorm(depthwise, BatchNorm2d(dim), nn.ReLU()), conv_bn_relu(dim, dim))
+        depthwise_norm = ConvNorm(depthwise, BatchNorm2d(dim), nn.ReLU())
+        self.down = nn.Sequential(depthwise_norm, conv_bn_relu(dim, dim))
         self.norm = LayerNorm2d(dim) if mixing else None
         self.mixing = PositionMixing(self.heads) if mixing else None
         self.theta = Pointwise(dim, inner)
@@ -1034,13 +1211,12 @@ class LargeWindowAttention(nn.Module):
 
     def forward(self, x):
         height, width = x.shape[2:]
-        bottom, right = -height % WINDOW, -width % WINDOW
-        y = F.pad(x, (0, right, 0, bottom)) if bottom or right else x           # (B, C, 8h, 8w)
-        theta = windows(self.theta(y), WINDOW, WINDOW)                          # (P, I, 8, 8), P = B h w
-        phi, g = self.context(F.pad(self.down(y), self.margin))                 # (P, I, 8, 8)
-        q, k, v = (heads_first(tokens(t), self.heads) for t in (theta, phi, g))     # (P, R², 64, I/R²)
-        out = self.attend(q, k, v).transpose(1, 2).flatten(2)                   # (P, 64, I)
-        out = join_windows(grid(out, theta), y)                                 # (B, I, 8h, 8w)
+        y = fill(x, WINDOW)                                         # (B, C, 8h, 8w)
+        theta = windows(self.theta(y), WINDOW, WINDOW)              # (P, I, 8, 8), P = B h w
+        phi, g = self.context(F.pad(self.down(y), self.margin))     # (P, I, 8, 8)
+        q, k, v = (heads_first(tokens(t), self.heads) for t in (theta, phi, g))
+        out = self.attend(q, k, v).transpose(1, 2).flatten(2)       # (P, 64, I)
+        out = join_windows(grid(out, theta), y)                     # (B, I, 8h, 8w)
         return x + self.out(out[:, :, :height, :width])
 
     def context(self, z):
@@ -1051,24 +1227,28 @@ class LargeWindowAttention(nn.Module):
 
 
 class LawinSumHead(nn.Module):
-    """Lawin's pyramid of windows as released for B0 and B1: levels and branches are added, no position mixing; stride 4.
+    """Lawin's pyramid of windows as released for B0 and B1: levels and branches are added.
 
-    x = Σ up(W_i x_i + b_i), i = 4, 3, 2;  y = short(x) + pool(mean(x)) + Σ_R attention_R(x), R = 8, 4, 2
-    logits = V dropout2d(ReLU(BN(F cat(up(y), W1 x1 + b1)))) + v;  short and pool: ConvBNReLU
-    F by the identity of UpsampledSum, which saves E² (N1 - N2) multiply-adds. BN in pool sees one value an image, hence
-    training takes two images a batch.
+    x = Σ_i up(W_i x_i + b_i), i = 4, 3, 2
+    y = short(x) + pool(mean(x)) + Σ_R attention_R(x), R = 8, 4, 2;  short and pool: ConvBNReLU
+    logits = V dropout2d(ReLU(BN(F cat(up(y), W1 x1 + b1)))) + v, at stride 4
+    No position mixing. F by the identity of UpsampledSum, which saves E² (N1 - N2) multiply-adds.
+    BN in pool sees one value an image, hence training takes two images a batch.
+    width: E, or (P, E) with P for the projections (B4: 768 and 512).
     """
     uses = (0, 1, 2, 3)
+    width = 128
     reduction = 1
     mixing = False
 
     def __init__(self, dims, num_classes, width, rank=None):
         super().__init__()
-        embed, width = (width, width) if isinstance(width, int) else width      # B4: 768 in the projections, 512 after
+        embed, width = (width, width) if isinstance(width, int) else width
         self.projections = nn.ModuleList(Pointwise(dim, embed) for dim in dims[1:])
         self.short_path = conv_bn_relu(width, width)
         self.image_pool = conv_bn_relu(width, width)
-        self.attentions = nn.ModuleList(LargeWindowAttention(width, r, self.reduction, self.mixing) for r in (8, 4, 2))
+        self.attentions = nn.ModuleList(
+            LargeWindowAttention(width, ratio, self.reduction, self.mixing) for ratio in (8, 4, 2))
         self.low_level = Pointwise(dims[0], 48)
         self.low_level_fuse = conv_bn_relu(width + 48, width)
         self.sum = UpsampledSum()
@@ -1076,12 +1256,15 @@ class LawinSumHead(nn.Module):
         self.classifier = Pointwise(width, num_classes)
 
     def forward(self, maps):
-        x = self.embed(maps[1:])                                                # (B, E, H/8, W/8)
-        mean = x.mean((2, 3), keepdim=True)                                     # (B, E, 1, 1)
-        x = self.join([self.short_path(x), self.image_pool(mean), *(attention(x) for attention in self.attentions)])
+        x = self.embed(maps[1:])                                    # (B, E, H/8, W/8)
+        mean = x.mean((2, 3), keepdim=True)                         # (B, E, 1, 1)
+        branches = [self.short_path(x), self.image_pool(mean)]
+        branches += [attention(x) for attention in self.attentions]
+        x = self.join(branches)
         fuse = self.low_level_fuse
-        x = fuse.act(fuse.norm(self.sum(fuse.conv, [x, self.low_level(maps[0])])))      # (B, E, H/4, W/4)
-        return self.classifier(self.dropout(x))                                 # (B, K, H/4, W/4)
+        x = self.sum(fuse.conv, [x, self.low_level(maps[0])])       # (B, E, H/4, W/4)
+        x = fuse.act(fuse.norm(x))
+        return self.classifier(self.dropout(x))                     # (B, K, H/4, W/4)
 
     def embed(self, maps):
         x2, x3, x4 = (p(x) for p, x in zip(self.projections, maps))
@@ -1092,12 +1275,14 @@ class LawinSumHead(nn.Module):
 
 
 class LawinHead(LawinSumHead):
-    """The same as released for B2 to B5: levels and branches are concatenated and convolved, the context's positions mixed.
+    """The same as released for B2 to B5: levels and branches are concatenated and convolved.
 
-    x = ReLU(BN(G cat(up(W4 x4 + b4), up(W3 x3 + b3), W2 x2 + b2)));  y = ReLU(BN(H cat(short(x), pool(mean(x)), attentions)))
-    width: E, or (P, E) with P for the projections. The identity of UpsampledSum saves, besides LawinSumHead's,
-    3 P E N2 + (P - E) Σ C_i N_i - P E Σ C_i multiply-adds in G (i = 2..4) and E² (N2 - 1) in H.
+    x = ReLU(BN(G cat(up(W4 x4 + b4), up(W3 x3 + b3), W2 x2 + b2)))
+    y = ReLU(BN(H cat(short(x), pool(mean(x)), attentions)));  the context's positions are mixed
+    The identity of UpsampledSum saves, besides LawinSumHead's, 3 P E N2 + (P - E) Σ C_i N_i -
+    P E Σ C_i multiply-adds in G (i = 2..4) and E² (N2 - 1) in H.
     """
+    width = 512
     reduction = 2
     mixing = True
 
@@ -1108,20 +1293,24 @@ class LawinHead(LawinSumHead):
         self.cat = conv_bn_relu(5 * width, width)
 
     def embed(self, maps):
-        return self.fuse.act(self.fuse.norm(self.sum(self.fuse.conv, maps[::-1], self.projections[::-1])))
+        x = self.sum(self.fuse.conv, maps[::-1], self.projections[::-1])
+        return self.fuse.act(self.fuse.norm(x))
 
     def join(self, branches):
         return self.cat.act(self.cat.norm(self.sum(self.cat.conv, branches)))
 
 
 class FpnHead(nn.Module):
-    """Semantic FPN (arXiv 1901.02446 §3) as in mmseg, PVT and Next-ViT: pyramid of width E, head of width E/2; stride 4.
+    """Semantic FPN (arXiv 1901.02446 §3) as in mmseg, PVT and Next-ViT; logits at stride 4.
 
-    L_i = W_i x_i + b_i + nearest(L_{i+1});  S_1 = g(f(L_1));  S_i = (i - 1 times: g, then up x2)(f(L_i))
+    Pyramid of width E, head of width E/2:
+    L_i = W_i x_i + b_i + nearest(L_{i+1})
+    S_1 = g(f(L_1));  S_i = (i - 1 times: g, then up x2)(f(L_i))
     logits = V dropout2d(Σ up(S_i)) + v;  f: 3x3 convolution with bias, g: 3x3 ConvBNReLU
     Odd sides are doubled as they are: only the sum fits S_i to S_1.
     """
     uses = (0, 1, 2, 3)
+    width = 256
 
     def __init__(self, dims, num_classes, width, rank=None):
         super().__init__()
@@ -1131,24 +1320,28 @@ class FpnHead(nn.Module):
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)
         half = width // 2
-        self.scale = nn.ModuleList(
-            nn.ModuleList(conv_bn_relu(half if step else width, half, 3) for step in range(steps)) for steps in (1, 1, 2, 3))
+        self.scale = nn.ModuleList()
+        for steps in (1, 1, 2, 3):
+            widths = [width] + steps * [half]
+            convs = (conv_bn_relu(a, b, 3) for a, b in zip(widths, widths[1:]))
+            self.scale.append(nn.ModuleList(convs))
         self.dropout = nn.Dropout2d(0.1)
-        self.classifier = classifier(half, num_classes)
+        self.classifier = logit_layer(half, num_classes)
 
     def forward(self, maps):
         pyramid = [lateral(x) for lateral, x in zip(self.lateral, maps)]        # (B, E, h_i, w_i)
         for i in (3, 2, 1):
-            pyramid[i - 1] = pyramid[i - 1] + F.interpolate(pyramid[i], pyramid[i - 1].shape[2:])      # nearest
+            above = F.interpolate(pyramid[i], pyramid[i - 1].shape[2:])         # nearest
+            pyramid[i - 1] = pyramid[i - 1] + above
         out = None
         for x, smooth, steps in zip(pyramid, self.smooth, self.scale):
             x = smooth(x)
             for step in steps:
-                x = step(x)                                                     # (B, E/2, 2ʲ h_i, 2ʲ w_i)
+                x = step(x)                                         # (B, E/2, 2ʲ h_i, 2ʲ w_i)
                 if out is not None:
                     x = resize(x, (2 * x.shape[2], 2 * x.shape[3]))
             out = x if out is None else out + resize(x, out.shape[2:])
-        return self.classifier(self.dropout(out))                               # (B, K, H/4, W/4)
+        return self.classifier(self.dropout(out))                   # (B, K, H/4, W/4)
 
 
 HEAD = {
@@ -1162,47 +1355,10 @@ HEAD = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loss and prediction at the labels' resolution, without logits of that resolution
-# ---------------------------------------------------------------------------------------------------------------------
-
-STRIP = {"cpu": 2 ** 20, "cuda": 2 ** 25}   # elements of up-sampled logits held at once: a CPU's cache; enough for a GPU to do
-
-
-def _strips(height, row_size, device):
-    """Split the rows of the output into [start, stop) pairs; a function of shapes and device alone, so that runs repeat."""
-    rows = max(1, STRIP.get(device.type, STRIP["cpu"]) // row_size)
-    return [(y, min(y + rows, height)) for y in range(0, height, rows)]
-
-
-def _rows(start, stop, height, like):
-    """The vertical half of a bilinear resize to `height`, as a matrix: first and last+1 source row, weights (rows, sources)."""
-    h = like.shape[2]
-    first = int(max((start + 0.5) * h / height - 0.5, 0))
-    last = min(int((stop - 0.5) * h / height - 0.5) + 2, h)
-    source = ((torch.arange(start, stop, dtype=torch.float64) + 0.5) * (h / height) - 0.5).clamp(0, h - 1)
-    weights = (1 - (source[:, None] - torch.arange(first, last)).abs()).clamp(min=0)
-    return first, last, weights.to(like)
-
-
-def _upsample_strip(logits, start, stop, size):
-    """Rows [start, stop) of the bilinear resize of logits (B, K, h, w) to `size`, class axis last: (B, rows, W, K)."""
-    first, last, vertical = _rows(start, stop, size[0], logits)
-    wide = F.interpolate(logits[:, :, first:last], (last - first, size[1]), mode="bilinear", align_corners=False)
-    wide = wide.permute(0, 2, 3, 1)                                                     # (B, sources, W, K)
-    return (vertical @ wide.flatten(2)).unflatten(2, wide.shape[2:])
-
-
-def _downsample_strip(grad, start, stop, height, like):
-    """Gradient of _upsample_strip: (B, rows, W, K) -> first and last+1 row of the logits, and their gradient (B, K, rows', w)."""
-    first, last, vertical = _rows(start, stop, height, like)
-    wide = (vertical.T @ grad.flatten(2)).unflatten(2, grad.shape[2:]).permute(0, 3, 1, 2)
-    shape = (*like.shape[:2], last - first, like.shape[3])
-    return first, last, torch.ops.aten.upsample_bilinear2d_backward(wide, wide.shape[2:], shape, False)
-
+# ---- Loss and prediction at the labels' resolution, without logits of that resolution ------------
 
 class _CrossEntropy(torch.autograd.Function):
-    """Loss and gradient in one pass over the strips: soft-max minus one-hot is at hand where the loss is."""
+    """Loss and gradient in one pass: soft-max minus one-hot is at hand where the loss is."""
 
     @staticmethod
     def forward(ctx, logits, labels, count, ignore_index):
@@ -1212,7 +1368,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         total = x.new_zeros(())
         for start, stop in _strips(size[0], x.shape[0] * x.shape[1] * size[1], x.device):
-            z = _upsample_strip(x, start, stop, size)                                   # (B, rows, W, K)
+            z = _upsample_strip(x, start, stop, size)               # (B, rows, W, K)
             label = labels[:, start:stop, :, None]
             valid = label != ignore_index
             label = label.long().masked_fill(~valid, 0)
@@ -1222,7 +1378,7 @@ class _CrossEntropy(torch.autograd.Function):
             total += ((norm.log() - picked) * valid).sum()
             if grad is not None:
                 z *= valid / norm
-                z.scatter_add_(-1, label, -valid.to(dtype))                             # soft-max minus one-hot
+                z.scatter_add_(-1, label, -valid.to(dtype))         # soft-max minus one-hot
                 first, last, part = _downsample_strip(z, start, stop, size[0], x)
                 grad[:, :, first:last] += part
         ctx.save_for_backward(grad, count)
@@ -1238,8 +1394,10 @@ class _CrossEntropy(torch.autograd.Function):
 class UpsampledCrossEntropy(nn.Module):
     """Cross entropy of bilinearly up-sampled logits, without the up-sampled logits.
 
-    Equals F.cross_entropy(F.interpolate(logits, labels.shape[1:], mode="bilinear"), labels, ignore_index=...), whose mean is
-    over the labelled pixels; value and gradient are computed strip by strip in O(strip) memory.
+    Equals F.cross_entropy(F.interpolate(logits, labels.shape[1:], mode="bilinear"), labels,
+    ignore_index=...), whose mean is over the labelled pixels; value and gradient are computed strip
+    by strip in O(strip) memory. The logits come to the labels and not the labels to the logits:
+    between two classes there is no third, and nearest labels lose what is thin.
     """
 
     def __init__(self, ignore_index=255):
@@ -1247,8 +1405,11 @@ class UpsampledCrossEntropy(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, logits, labels, count=None):
-        """logits (B, K, h, w), labels (B, H, W) integers -> scalar. count: divide by this number of pixels instead of the
-        labelled ones of this batch (for a mean over several processes or accumulated batches). Nothing labelled: 0, gradient 0."""
+        """logits (B, K, h, w), labels (B, H, W) integers -> scalar.
+
+        count: divide by this number of pixels instead of the labelled ones of this batch (for a
+        mean over several processes or accumulated batches). Nothing labelled: 0, gradient 0.
+        """
         if count is None:
             count = (labels != self.ignore_index).sum()
         count = torch.as_tensor(count, device=logits.device).clamp(min=1)
@@ -1257,15 +1418,22 @@ class UpsampledCrossEntropy(nn.Module):
 
 
 def upsampled_argmax(views, size):
-    """Class of every pixel at `size` from low-resolution logits, without the up-sampled logits -> (B, H, W) int64.
+    """Class of every pixel at `size` from low-resolution logits -> (B, H, W) int64.
 
-    views: logits (B, K, h_i, w_i), each of its own resolution. One: arg-max of the bilinear resize; several: arg-max of
-    the mean of their soft-maxes (multi-scale and flip testing; hand a flipped view over flipped back).
+    views: logits (B, K, h_i, w_i), each of its own resolution. One: arg-max of the bilinear resize;
+    several: arg-max of the mean of their soft-maxes (multi-scale and flip testing; hand a flipped
+    view over flipped back).
     """
-    views = [v.to(torch.promote_types(v.dtype, torch.float32), memory_format=torch.channels_last) for v in views]
+    dtype = torch.promote_types(views[0].dtype, torch.float32)
+    views = [v.to(dtype, memory_format=torch.channels_last) for v in views]
+    batch, classes = views[0].shape[:2]
     out = []
-    for start, stop in _strips(size[0], views[0].shape[0] * size[1] * views[0].shape[1], views[0].device):
+    for start, stop in _strips(size[0], batch * classes * size[1], views[0].device):
         with full_precision(views[0]):
             scores = [_upsample_strip(v, start, stop, size) for v in views]
-        out.append((scores[0] if len(scores) == 1 else sum(z.softmax(-1) for z in scores)).argmax(-1))
+        if len(scores) == 1:
+            score, = scores
+        else:
+            score = sum(z.softmax(-1) for z in scores)
+        out.append(score.argmax(-1))
     return torch.cat(out, 1)
