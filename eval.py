@@ -1,13 +1,14 @@
 """Evaluate a model, or draw what it sees.
 
-    python eval.py --checkpoint runs/NAME/best.pt --data-path PATH/ADEChallengeData2016        # torchrun works as well
-    python eval.py --model segformer_b2 --pretrain segformer.b2.512x512.ade.160k.pth --data-path PATH/ADEChallengeData2016
+    python eval.py --checkpoint runs/NAME/best.pt --data-path PATH/ADEChallengeData2016
+    python eval.py --model segformer_b2 --pretrain FILE --data-path PATH/ADEChallengeData2016
     python eval.py --checkpoint runs/NAME/best.pt --images photo.jpg --save-dir out
 
-Segmentation follows ADE20K's protocol: short side 512, ratio kept (long side <= 2048); logits up-sampled once, to the size
-of the label as it is stored; arg-max; 255 ignored; one confusion matrix for the whole set. Classifiers get top-1 and top-5.
-The figures depend neither on the number of processes nor on the batch size. A checkpoint brings its training's defaults:
---size is its crop, --zero-is-class its own, and pictures get its class names and colours.
+(torchrun works as well.) Segmentation follows ADE20K's protocol: short side 512, ratio kept (long
+side <= 2048); logits up-sampled once, to the size of the label as it is stored; arg-max; 255
+ignored; one confusion matrix for the whole set. Classifiers get top-1 and top-5. The figures depend
+neither on the number of processes nor on the batch size. A checkpoint brings its training's
+defaults: --size is its crop, --zero-is-class its own, and pictures get its class names and colours.
 """
 import argparse
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -25,9 +27,11 @@ from tqdm import tqdm
 import data
 import layers
 import models
-from data import UserError
+from layers import UserError
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+NOT_FINITE = ("the model's output is not finite (inf or nan); its weights are damaged, or too large "
+              "for --amp fp16")
 
 
 @contextmanager
@@ -39,240 +43,405 @@ def naming(path):
         raise UserError(f"{data.shown(path)}: {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
-# ---------------------------------------------------------------------------------------------------------------------
+def autocast(device, amp):
+    return torch.autocast(device.type, AMP[amp], enabled=AMP[amp] is not None)
+
+
+def stacked(tensors, device):
+    """A batch, stacked on the device: on the host this would copy what lies in pinned memory."""
+    return torch.stack([tensor.to(device, non_blocking=True) for tensor in tensors])
+
+
+def refuse_not_finite(flags, name):
+    """flags: a tensor (B,) for every batch, read here at once; name(i): the i-th image's file."""
+    bad = (~torch.cat(flags)).nonzero().flatten().tolist() if flags else []
+    if bad:
+        raise UserError(f"{data.shown(name(bad[0]))}: {NOT_FINITE} ({len(bad)} such images)")
+
+
+# ---- Metrics -------------------------------------------------------------------------------------
 
 class ConfusionMatrix:
-    """Pixels of each (label, prediction) of a whole set, exact int64 counts: float32 stops counting at 2^24."""
+    """Pixels of each (label, prediction) of a whole set, exact: float32 stops counting at 2^24.
 
-    def __init__(self, num_classes):
+    The sums stay on the device, so that the host waits for nothing until the figures are wanted.
+    """
+
+    def __init__(self, num_classes, device="cpu"):
         self.num_classes = num_classes
-        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)      # row: label, column: prediction
+        shape = num_classes, num_classes                        # row: label, column: prediction
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
-    def update(self, pred, label):
-        """Add maps of one shape with classes 0..K-1; labels of 255 are left out."""
+    def update(self, pred, label, loss_sum=0.0):
+        """Add maps of one shape with classes 0..K-1, labels of 255 left out, and their summed loss."""
         known = label != data.IGNORED
-        pair = label[known].long() * self.num_classes + pred[known].long()
-        self.counts += torch.bincount(pair, minlength=self.num_classes ** 2).view_as(self.counts).cpu()
+        # Ignored pixels add 0 to the first cell: to leave them out, the host would have to wait for
+        # their number.
+        pair = torch.where(known, label.long() * self.num_classes + pred, 0)
+        self.counts.view(-1).scatter_add_(0, pair.flatten(), known.flatten().long())
+        self.loss_sum += loss_sum
 
-    def all_reduce(self, device="cpu"):
-        """Sum over all processes; `device`: where the process group communicates."""
-        if dist.is_initialized():
-            counts = self.counts.to(device)
-            dist.all_reduce(counts)
-            self.counts = counts.cpu()
+    def all_reduce(self):
+        """Sum over all processes, and bring the sums to the host."""
+        for name in ("counts", "loss_sum"):
+            if dist.is_initialized():
+                dist.all_reduce(getattr(self, name))
+            setattr(self, name, getattr(self, name).cpu())
         return self
 
+    @property
+    def loss(self):
+        """Mean cross entropy of the labelled pixels."""
+        return (self.loss_sum / self.counts.sum()).item()
+
+    def figures(self):
+        """{"IoU", "Acc", "precision", "F1"} of each class (K,); nan where there is none to count.
+
+        With hits h of n labelled and p predicted pixels: h / (n + p - h), h / n (recall), h / p and
+        2h / (n + p), which is also the Dice coefficient.
+        """
+        hits = self.counts.diag().double()
+        labelled, predicted = self.counts.sum(1), self.counts.sum(0)
+        return {"IoU": hits / (labelled + predicted - hits), "Acc": hits / labelled,
+                "precision": hits / predicted, "F1": 2 * hits / (labelled + predicted)}
+
     def iou(self):
-        """Intersection over union of each class (K,), nan for a class in neither labels nor predictions."""
-        hit = self.counts.diag().double()
-        return hit / (self.counts.sum(0) + self.counts.sum(1) - hit)
+        """Intersection over union (K,), nan for a class in neither labels nor predictions."""
+        return self.figures()["IoU"]
 
     def accuracy(self):
         """Share of each class's pixels that are found (K,), nan for a class that no label has."""
-        return self.counts.diag().double() / self.counts.sum(1)
+        return self.figures()["Acc"]
 
     def summary(self):
         """{"aAcc", "mIoU", "mAcc"} in percent; the means leave out classes that do not occur."""
         if not self.counts.any():
-            raise UserError("the masks of the validation split hold no labelled pixel, all are ignored: nothing to measure")
-        all_pixels = self.counts.diag().sum().double() / self.counts.sum()
-        return {name: 100 * value.item() for name, value in
-                (("aAcc", all_pixels), ("mIoU", self.iou().nanmean()), ("mAcc", self.accuracy().nanmean()))}
+            raise UserError("the masks of the validation split hold no labelled pixel, all are "
+                            "ignored: nothing to measure")
+        right = self.counts.diag().sum().double() / self.counts.sum()
+        return {"aAcc": 100 * right.item(), "mIoU": 100 * self.iou().nanmean().item(),
+                "mAcc": 100 * self.accuracy().nanmean().item()}
+
+    def confusions(self):
+        """The three largest mistakes, [(label, prediction, share of all labelled pixels)]."""
+        wrong = self.counts - self.counts.diag().diag()
+        counts, cells = wrong.flatten().topk(min(3, wrong.numel()))
+        total = self.counts.sum().item()
+        return [(*divmod(cell, self.num_classes), count / total)
+                for count, cell in zip(counts.tolist(), cells.tolist()) if count]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Segmentation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Segmentation --------------------------------------------------------------------------------
 
 def input_size(size, short_side, scale=1.0, divisor=None):
-    """(H, W) of an image -> what the network sees: fitted into (4 short, short) with its ratio kept, as stored for None.
+    """(H, W) of an image -> what the network sees: fitted into (4 short, short), its ratio kept.
 
-    divisor: then each side up to the next multiple, which changes the ratio a little ("AlignedResize").
+    short_side: None for images as they are stored. divisor: each side then goes up to the next
+    multiple, which changes the ratio a little ("AlignedResize").
     """
-    factor = scale * (1.0 if short_side is None else min(4 * short_side / max(size), short_side / min(size)))
+    factor = scale
+    if short_side:
+        factor *= min(4 * short_side / max(size), short_side / min(size))
     size = [max(1, int(side * factor + 0.5)) for side in size]
-    return size if divisor is None else [math.ceil(side / divisor) * divisor for side in size]
+    return [math.ceil(side / divisor) * divisor for side in size] if divisor else size
+
+
+def window_starts(side, crop, stride):
+    """Where the windows along a side begin; the last one ends where the image does."""
+    count = 1 + max(0, math.ceil((side - crop) / stride))
+    return [min(i * stride, max(side - crop, 0)) for i in range(count)]
 
 
 def sliding(model, images, crop, stride):
-    """Mean of the logits of overlapping windows, at the resolution of the images: (B, 3, H, W) -> (B, K, H, W)."""
+    """Mean of overlapping windows' logits, at the images' size: (B, 3, H, W) -> (B, K, H, W)."""
     batch, _, height, width = images.shape
-    total = images.new_zeros(batch, height, width, model.num_classes).permute(0, 3, 1, 2)       # channels_last
+    total = images.new_zeros(batch, height, width, model.num_classes)
+    total = total.permute(0, 3, 1, 2)                           # channels_last
     times = images.new_zeros(height, width)
-    rows, columns = ([min(i * stride, max(side - crop, 0)) for i in range(max(math.ceil((side - crop) / stride), 0) + 1)]
-                     for side in (height, width))           # the last window ends where the image does
-    for y in rows:
-        for x in columns:
+    for y in window_starts(height, crop, stride):
+        for x in window_starts(width, crop, stride):
             window = images[:, :, y:y + crop, x:x + crop]
-            total[:, :, y:y + crop, x:x + crop] += layers.resize(model(window).float(), window.shape[2:])
+            logits = layers.resize(model(window).float(), window.shape[2:])
+            total[:, :, y:y + crop, x:x + crop] += logits
             times[y:y + crop, x:x + crop] += 1
     return total.div_(times)
 
 
-@torch.inference_mode()
-def predict(model, images, size, device, short_side=None, scales=(1.0,), flip=False, slide=None, size_divisor=None, amp="off"):
-    """Classes of uint8 images (B, 3, H, W) or (3, H, W) at `size` -> (B, *size) or (*size) int64, on the device.
+def views(model, images, short_side=None, scales=(1.0,), flip=False, slide=None, size_divisor=None,
+          amp="off"):
+    """uint8 images (B, 3, H, W), on the model's device -> logits (B, K, h, w) for each scale, side.
 
-    The image is resized bilinearly with antialiasing, as the training views are (a smaller image is what it would look
-    like; cv2's bilinear, in the original pipelines, skips pixels). Several scales, or a flip: mean of the soft-maxes.
+    The image is resized bilinearly with antialiasing, as the training views are (a smaller image is
+    what it would look like; cv2's bilinear, in the original pipelines, skips pixels).
     """
-    batch = images if images.ndim == 4 else images[None]
-    views = []
+    out = []
     for scale in scales:
-        x = TF.resize(batch.to(device), input_size(batch.shape[2:], short_side, scale, size_divisor), antialias=True)
-        x = data.normalise(x).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(torch.device(device).type, AMP[amp], enabled=AMP[amp] is not None):
-            for flipped in (False, True)[:1 + flip]:
-                v = x.flip(-1) if flipped else x
-                logits = model(v) if slide is None else sliding(model, v, *slide)
-                views.append(logits.flip(-1) if flipped else logits)
-    classes = layers.upsampled_argmax(views, size)
-    return classes if images.ndim == 4 else classes[0]
+        size = input_size(images.shape[2:], short_side, scale, size_divisor)
+        x = data.normalise(TF.resize(images, size, antialias=True))
+        x = x.contiguous(memory_format=torch.channels_last)
+        for mirrored in (False, True) if flip else (False,):
+            view = x.flip(-1) if mirrored else x
+            with autocast(x.device, amp):
+                logits = sliding(model, view, *slide) if slide else model(view)
+            out.append(logits.flip(-1) if mirrored else logits)
+    return out
 
 
+def finite(logits):
+    """Which images (B,) of some views have finite logits alone?"""
+    return torch.stack([view.isfinite().flatten(1).all(1) for view in logits]).all(0)
+
+
+@torch.inference_mode()
+def segment(model, images, size, **protocol):
+    """uint8 (B, 3, H, W) -> views' logits, and the class of every pixel at `size`, (B, *size) int64.
+
+    The class is that of the largest logit; of several views, of the largest mean of soft-maxes.
+    """
+    logits = views(model, images, **protocol)
+    if not finite(logits).all():
+        raise UserError(NOT_FINITE)
+    return logits, layers.upsampled_argmax(logits, size)
+
+
+def predict(model, image, size=None, device=None, **protocol):
+    """Class of every pixel of an image, at its size or `size` -> int64 (H, W) on the model's device.
+
+    image: PIL image (ImageOps.exif_transpose turns a photograph upright), or uint8 (3, H, W); uint8
+    (B, 3, H, W) gives (B, H, W). protocol: the keywords of `views`; short_side is the model's .size
+    by default, which models.load sets. Errors: UserError.
+    """
+    if isinstance(image, Image.Image):
+        image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    if image.dtype != torch.uint8 or image.shape[-3] != 3:
+        raise UserError("predict takes a PIL image, or a uint8 tensor (3, H, W) or (B, 3, H, W)")
+    protocol.setdefault("short_side", getattr(model, "size", None))
+    batch = image.to(next(model.parameters()).device).reshape(-1, *image.shape[-3:])
+    _, classes = segment(model, batch, size or image.shape[-2:], **protocol)
+    return classes.reshape(*image.shape[:-3], *classes.shape[1:])
+
+
+@torch.inference_mode()
 def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
-    """Confusion matrix of the whole set over all processes; the keywords are those of `predict`. Leaves the model's mode."""
-    matrix, training = ConfusionMatrix(model.num_classes), model.training
+    """The whole set, over all processes -> ConfusionMatrix; its .loss is that of the first view.
+
+    protocol: the keywords of `views`. Leaves the model's mode. Errors: UserError, which names the
+    image if the logits are not finite.
+    """
+    training, device = model.training, processes.device
     model.eval()
+    matrix, flags, paths = ConfusionMatrix(model.num_classes, device), [], []
+    criterion = layers.UpsampledCrossEntropy(data.IGNORED)
     loader = data.eval_loader(dataset, batch_size, processes, workers)
     for items in tqdm(loader, "evaluating", leave=False, disable=processes.rank > 0):
-        groups = {}                     # images of one size go together: padding them to a common one would change the result
-        for image, label, path in items:
-            groups.setdefault(image.shape, []).append((image, label, path))
+        groups = {}         # images of one size go together: padding would change the result
+        for item in items:
+            groups.setdefault(item[0].shape, []).append(item)
         for group in groups.values():
-            *pair, paths = zip(*group)
-            images, labels = (torch.stack(part) for part in pair)
-            with naming(paths[0]):
-                pred = predict(model, images, labels.shape[1:], processes.device, **protocol)
-            matrix.update(pred, labels.to(processes.device))
+            images, labels, names = zip(*group)
+            images, labels = stacked(images, device), stacked(labels, device)
+            with naming(names[0]):
+                logits = views(model, images, **protocol)
+            classes = layers.upsampled_argmax(logits, labels.shape[1:])
+            matrix.update(classes, labels, criterion(logits[0], labels, count=1))
+            flags.append(finite(logits))
+            paths += names
     model.train(training)
-    return matrix.all_reduce(processes.device)
+    refuse_not_finite(flags, paths.__getitem__)
+    return matrix.all_reduce()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Classification
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Classification ------------------------------------------------------------------------------
 
 @torch.inference_mode()
 def evaluate_cls(model, dataset, processes, batch_size, workers, amp="off"):
-    """{"top1", "top5"} in percent, over all processes. Leaves the model's mode."""
-    hits, training, device = torch.zeros(3, dtype=torch.int64), model.training, processes.device
+    """The whole set, over all processes -> {"top1", "top5"} in percent and the mean "val_loss".
+
+    Leaves the model's mode. Errors: as evaluate_seg's.
+    """
+    training, device = model.training, processes.device
     model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)   # hits, hits in five, loss, images
+    flags = []
     loader = data.eval_loader(dataset, batch_size, processes, workers)
     for items in tqdm(loader, "evaluating", leave=False, disable=processes.rank > 0):
-        images, labels = torch.stack([i for i, _ in items]).to(device), torch.tensor([l for _, l in items], device=device)
-        with torch.autocast(device.type, AMP[amp], enabled=AMP[amp] is not None):
-            logits = model(images.contiguous(memory_format=torch.channels_last))
+        images, labels = zip(*items)
+        images = stacked(images, device).contiguous(memory_format=torch.channels_last)
+        labels = torch.tensor(labels, device=device)
+        with autocast(device, amp):
+            logits = model(images).float()
         found = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        hits += torch.stack([found[:, 0].sum(), found.any(1).sum(), torch.tensor(len(items), device=device)]).cpu()
-    if dist.is_initialized():
-        hits = hits.to(device)
-        dist.all_reduce(hits)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums[:3] += torch.stack([found[:, 0].sum(), found.any(1).sum(), loss])
+        sums[3] += len(items)
+        flags.append(logits.isfinite().all(1))
     model.train(training)
-    top1, top5, count = hits.tolist()
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+    def name(i):                    # of the i-th image of this process
+        index = processes.rank + i * processes.world
+        return dataset.paths[index][0] if hasattr(dataset, "paths") else f"image {index}"
+    refuse_not_finite(flags, name)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    top1, top5, loss, count = sums.tolist()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "val_loss": loss / count}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
+
+def save_samples(model, dataset, size, device, path):
+    """A sheet of image | truth | prediction of six images; size: the short side for the model."""
+    rows = []
+    for index in torch.linspace(0, len(dataset) - 1, min(6, len(dataset))).long().tolist():
+        image, labels, _ = dataset[index]
+        # The sheet shows at most 320 px a side: a large photograph is reduced before all else.
+        factor = min(1, 320 / max(labels.shape))
+        shape = [max(1, round(side * factor)) for side in labels.shape]
+        classes = predict(model, image, shape, short_side=size).cpu()
+        image = TF.resize(image, shape, antialias=True).permute(1, 2, 0).numpy()
+        labels = TF.resize(labels[None], shape, TF.InterpolationMode.NEAREST)[0]
+        rows.append([image, *(data.colorize(ids, dataset.colors) for ids in (labels, classes))])
+    data.contact_sheet(rows, path, data.legend(dataset.classes, dataset.colors))
+
 
 def picture_files(source, folder):
-    """The images that --images names -> {stem: path}. The pictures get the stems, hence another folder than the images'."""
-    found, problems = data.scan(source, data.IMAGE_FILES) if source.is_dir() else ({source.stem: source}, [])
-    if not found:
-        problems = [f"--images {data.shown(source)}: no images in this folder"]
-    elif folder.resolve() == next(iter(found.values())).resolve().parent:
-        problems = [f"--save-dir {data.shown(folder)}: holds the images, which could be overwritten; choose another folder"]
-    if problems:
-        raise UserError(problems[0])
-    return found
+    """The images that --images names, in order, those in sub-folders too.
+
+    -> {path from there without its suffix, which its pictures get for a name: path}
+    """
+    place = source if source.is_dir() else source.parent
+    if folder.resolve() == place.resolve():
+        raise UserError(f"--save-dir {data.shown(folder)}: holds the images, which could be "
+                        "overwritten; choose another folder")
+    if not source.is_dir():
+        return {source.stem: source}
+    files = {}
+    for path in sorted(source.rglob("*")):
+        inner = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in inner.parts)
+        drawn = folder.resolve() in path.resolve().parents      # by an earlier call
+        if hidden or drawn or path.suffix.lower() not in data.IMAGE_FILES or not path.is_file():
+            continue
+        name = inner.with_suffix("").as_posix()
+        if name in files:
+            raise UserError(f"{data.shown(path)}: has the same stem as "
+                            f"{data.shown(files[name].name)}; remove one of them")
+        files[name] = path
+    if not files:
+        raise UserError(f"--images {data.shown(source)}: no images in this folder")
+    return files
 
 
-def save_pictures(model, source, folder, names, colors, first_id, processes, protocol):
-    """For each image NAME.png with the label ids (k + first_id, drawn in the classes' colours) and NAME_overlay.png: the image
-    under the colours, and a legend, largest class first. An image's EXIF rotation is carried out."""
-    folder = Path(folder)
-    files = list(picture_files(Path(source), folder).items())
+def save_pictures(model, args, processes, protocol, names, colors, first_id):
+    """For each image NAME.png, the ids k + first_id in the classes' colours, and NAME_overlay.png:
+    the image under the colours, and a legend, largest class first. EXIF rotations are carried out.
+    --probabilities: NAME.npz, soft-maxes float16 (K, h, w) at the network's resolution.
+    """
+    folder = Path(args.save_dir)
+    files = picture_files(Path(args.images), folder)
     with data.writing("--save-dir", folder):
         folder.mkdir(parents=True, exist_ok=True)
     palette = np.zeros((256, 3), np.uint8)
     palette[first_id:first_id + len(colors)] = colors
     bad = []
-    for stem, path in tqdm(files[processes.rank::processes.world], "drawing", disable=processes.rank > 0):
+    share = list(files.items())[processes.rank::processes.world]
+    for name, path in tqdm(share, "drawing", disable=processes.rank > 0):
         try:
             with data.opened(path) as image:
                 pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
         except UserError as error:          # said at the end: the others are drawn first
             bad.append(str(error))
             continue
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(processes.device)
         with naming(path):
-            image = torch.from_numpy(pixels).permute(2, 0, 1)
-            classes = predict(model, image, pixels.shape[:2], processes.device, **protocol).cpu().numpy()
+            logits, classes = segment(model, image, pixels.shape[:2], **protocol)
+        classes = classes[0].cpu().numpy()
         label = Image.fromarray((classes + first_id).astype(np.uint8))
         label.putpalette(palette.tobytes())
-        overlay = (pixels // 2 + data.colorize(classes, colors) // 2).astype(np.uint8)
+        overlay = pixels // 2 + data.colorize(classes, colors) // 2
         areas = np.bincount(classes.ravel(), minlength=len(names))
-        order = [k for k in np.argsort(-areas, kind="stable") if areas[k]]
-        legend = data.legend([names[k] for k in order], [colors[k] for k in order], max(overlay.shape[1], 200))
+        seen = [k for k in np.argsort(-areas, kind="stable") if areas[k]]
+        legend = data.legend([names[k] for k in seen], colors[seen], max(overlay.shape[1], 200))
+        target = folder / name
         with data.writing("--save-dir", folder):
-            label.save(folder / f"{stem}.png")
-            data.contact_sheet([[overlay]], folder / f"{stem}_overlay.png", legend)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            label.save(f"{target}.png")
+            data.contact_sheet([[overlay]], f"{target}_overlay.png", legend)
+            if args.probabilities:
+                size = logits[0].shape[2:]
+                shares = [layers.resize(view.float(), size).softmax(1) for view in logits]
+                mean = torch.cat(shares).mean(0).half().cpu().numpy()
+                np.savez_compressed(f"{target}.npz", probabilities=mean)
     if bad:
-        raise UserError(f"{bad[0]} ({len(bad)} of {len(files)} files could not be drawn, the others are in {folder})")
+        raise UserError(f"{bad[0]} ({len(bad)} of {len(files)} files could not be drawn, "
+                        f"the others are in {folder})")
     if processes.rank == 0:
-        print(f"{len(files)} label maps (ids {first_id}..{len(names) - 1 + first_id}) and overlays: {folder}")
+        print(f"{len(files)} label maps (ids {first_id}..{len(names) - 1 + first_id}) and overlays: "
+              f"{folder}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python eval.py
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- python eval.py ------------------------------------------------------------------------------
+
+# None stands for "not given" until all flags are read, so that one without effect is noticed.
+DEFAULTS = {"task": "seg", "split": "val", "scales": [1.0], "save_dir": "pictures", "batch_size": 1,
+            "workers": 2}
+
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description="Evaluate a model, or draw what it sees.")
     add = parser.add_argument
-    add("--checkpoint", help="best.pt or last.pt of train_seg.py or train_cls.py; it knows its model")
+    add("--checkpoint", help="best.pt or last.pt of train_seg.py or train_cls.py")
     models.add_model_arguments(parser)
     parser.set_defaults(model=None)
     add("--pretrain", help="public weights for --model: a file or a Hugging Face directory")
-    add("--num-classes", type=int, help="of --pretrain (default: those of --data-path, else 150 for seg, 1000 for cls)")
-    add("--task", choices=list(models.CLASSES), default="seg", help="of --model (default seg)")
+    add("--num-classes", type=models.positive_int,
+        help="of --pretrain (default: those of --data-path, else 150 for seg, 1000 for cls)")
+    add("--task", choices=list(models.CLASSES), help="of --model (default seg)")
     add("--data-path", help="data set, see data.py (default: the embedded shapes)")
-    add("--split", choices=["train", "val"], default="val", help="default val")
-    add("--zero-is-class", action="store_true", help="id 0 of the masks is a class; else it is ignored, and k is class k-1")
-    add("--size", type=int, help="short side that the network sees, 0: images as they are stored (default: the checkpoint's "
-        "training crop, else 512; classifiers: the checkpoint's image size, else 224)")
-    add("--size-divisor", type=int, help="resize each side up to a multiple of this (32 is worth +0.5 mIoU or more)")
-    add("--scales", type=float, nargs="+", default=[1.0], help="multi-scale test, e.g. 0.5 0.75 1 1.25 1.5 1.75")
+    add("--split", choices=["train", "val"], help="default val")
+    add("--zero-is-class", action="store_true",
+        help="id 0 of the masks is a class; else it is ignored, and k is class k-1")
+    add("--size", type=models.count,
+        help="short side that the network sees, 0: images as they are stored (default: the crop or "
+        "image size of the checkpoint's training, else 512; classifiers 224)")
+    add("--size-divisor", type=models.positive_int,
+        help="resize each side up to a multiple of this (32 is worth +0.5 mIoU or more)")
+    add("--scales", type=models.positive, nargs="+",
+        help="multi-scale test, e.g. 0.5 0.75 1 1.25 1.5 1.75 (default 1)")
     add("--flip", action="store_true", help="average with the mirrored image")
-    add("--slide", type=int, nargs=2, metavar=("CROP", "STRIDE"), help="sliding window instead of the whole image")
-    add("--images", help="draw this image, or every image of this folder, instead of measuring")
-    add("--save-dir", default="pictures", help="where --images writes (default pictures)")
-    add("--json", help="write the figures to this file as well")
-    add("--batch-size", type=int, default=1, help="images per process and pass (default 1)")
+    add("--slide", type=models.positive_int, nargs=2, metavar=("CROP", "STRIDE"),
+        help="sliding window instead of the whole image")
+    add("--images", help="draw this image, or all of this folder, instead of measuring")
+    add("--save-dir", help="where --images writes (default pictures)")
+    add("--probabilities", action="store_true",
+        help="with --images: NAME.npz too, float16 soft-maxes at the network's resolution")
+    add("--json", nargs="?", const="-", metavar="FILE",
+        help="write the figures to FILE as well, or print them instead of the table")
+    add("--batch-size", type=models.positive_int, help="images per process and pass (default 1)")
     add("--amp", choices=list(AMP), default="off", help="mixed precision (default off)")
-    add("--workers", type=int, default=2, help="loader processes (default 2)")
+    add("--workers", type=models.count, help="loader processes (default 2)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     args = parser.parse_args(argv)
+
     if (args.checkpoint is None) == (args.pretrain is None):
         raise UserError("give either --checkpoint FILE, or --model NAME with --pretrain FILE")
-    chosen = [f"--{key}" for key in ("model", *models.SLOTS) if getattr(args, key)]
-    if args.checkpoint and (chosen or args.num_classes):
-        raise UserError(f"{' '.join(chosen) or '--num-classes'}: a checkpoint knows its model; leave this out")
     if args.pretrain and not args.model:
         raise UserError("--pretrain: needs --model NAME (`python models.py` lists the names)")
-    for name, least in (("size", 0), ("size_divisor", 1), ("batch_size", 1), ("workers", 0), ("num_classes", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
-    if min(args.scales) <= 0 or args.slide and not args.slide[0] >= args.slide[1] >= 1:
-        raise UserError("--scales must be above 0, and --slide needs CROP >= STRIDE >= 1")
+    if args.checkpoint:
+        models.no_effect(args, "with --checkpoint, which knows its model",
+                         "model", *models.SLOTS, "task", "num_classes")
+    if args.images:
+        models.no_effect(args, "with --images", "json", "split", "batch_size", "workers")
+    else:
+        models.no_effect(args, "without --images", "save_dir", "probabilities")
+    if args.slide and args.slide[0] < args.slide[1]:
+        raise UserError("--slide: needs CROP >= STRIDE, else there would be gaps")
     return args
 
 
-def load_model(args, dataset, say):
-    """-> model, and what its training said: {"args": .., "classes": .., "colors": ..} or {}."""
+def load_model(args, dataset, show):
+    """-> model, and what its checkpoint holds beside the weights ("args", "classes", ...), or {}."""
     if args.checkpoint:
         trained = models.read_checkpoint(args.checkpoint)
         with naming(args.checkpoint):
@@ -280,89 +449,120 @@ def load_model(args, dataset, say):
     num_classes = args.num_classes or (dataset.num_classes if dataset else None)
     model = models.build(args.model, args.task, num_classes, **models.slots_from(args))
     report = models.load_pretrained(model, args.pretrain)
-    say(report)
+    show(report)
     if report.fresh:
-        raise UserError(f"{args.pretrain}: has no trained {report.fresh[0]} for {model.num_classes} classes; "
-                        "evaluate it on the data set that it was trained for, or fine-tune it first")
+        raise UserError(f"{args.pretrain}: has no trained {report.fresh[0]} for "
+                        f"{model.num_classes} classes; evaluate it on the data set that it was "
+                        "trained for, or fine-tune it first")
     return model, {}
 
 
-def open_dataset(args, task, said):
-    """The set to measure on; said: the arguments of the checkpoint's training."""
-    if args.data_path is None and (task == "cls" or said.get("data_path")):
-        raise UserError("--data-path: needed; " + ("the embedded shapes are for segmentation" if task == "cls" else
-                                                   "this model was not trained on the embedded shapes"))
-    if task == "cls":
-        return data.TinyImageNet(args.data_path, args.split, args.size or said.get("image_size", 224), train=False)
+def open_dataset(args, task, settings):
+    """The set to measure on; settings: the arguments of the checkpoint's training."""
     if args.data_path is None:
-        return data.Shapes(args.split)
+        if settings.get("data_path", "unknown") is not None:
+            raise UserError("--data-path: needed; the model was not trained on the embedded shapes")
+        return data.Shapes(args.split) if task == "seg" else data.LargestShape(args.split)
+    if task == "cls":
+        size = args.size or settings.get("image_size", 224)
+        return data.TinyImageNet(args.data_path, args.split, size, train=False)
     return data.FolderSegmentation(args.data_path, args.split, zero_is_class=args.zero_is_class)
 
+
+def look(model, trained, dataset, args):
+    """Class names, colours and the id of class 0 for pictures: the checkpoint's, the data set's, or any."""
+    known = {}
+    if dataset:
+        known = {"classes": dataset.classes, "colors": dataset.colors, "first_id": dataset.first_id}
+    # An older checkpoint has no first_id: it was 0 for the shapes.
+    from_zero = args.zero_is_class or trained.get("args", {}).get("data_path", "") is None
+    colors = data.ADE20K_COLORS if model.num_classes == 150 else data.distinct_colors(model.num_classes)
+    known = {"classes": [f"class {k}" for k in range(model.num_classes)], "colors": colors,
+             "first_id": 0 if from_zero else 1} | known | trained
+    return known["classes"], np.array(known["colors"], np.uint8), known["first_id"]
+
+
+# ---- python eval.py: measuring -------------------------------------------------------------------
 
 def rounded(percent):
     """The two decimals that are printed; None for nan, a class that does not occur."""
     return None if math.isnan(percent) else round(percent, 2)
 
 
-def print_table(classes):
-    print(f"{'class':<28}{'IoU':>8}{'Acc':>8}")
-    for name, figures in classes.items():
-        print(f"{name[:27]:<28}" + "".join("       -" if value is None else f"{value:8.2f}" for value in figures.values()))
+def print_classes(classes, matrix, trained, table):
+    """The table, what is confused most, and whether the checkpoint has other names for the classes."""
+    print(f"{'class':<28}{'IoU':>8}{'Acc':>8}{'precision':>11}{'F1':>8}")
+    for name, figures in table.items():
+        iou, acc, precision, f1 = ["-" if x is None else f"{x:.2f}" for x in figures.values()]
+        print(f"{name[:27]:<28}{iou:>8}{acc:>8}{precision:>11}{f1:>8}")
+    worst = [f"{classes[label]} taken for {classes[pred]} {100 * share:.2f} %"
+             for label, pred, share in matrix.confusions()]
+    print(f"worst confusions, of all labelled pixels: {', '.join(worst) or 'none'}")
+    renamed = [k for k, (old, new) in enumerate(zip(trained.get("classes", []), classes)) if old != new]
+    if renamed:
+        k = renamed[0]
+        print(f"note: the checkpoint has other names for {len(renamed)} classes, the first is "
+              f"{k} ({trained['classes'][k]!r}, here {classes[k]!r})")
 
 
 def measure(args, model, trained, dataset, processes, protocol):
-    """Evaluate on the whole set, print the table and the summary on rank 0, write them as JSON."""
-    result = {"model": str(model.spec), "weights": args.checkpoint or args.pretrain, "data": args.data_path or "shapes",
-              "split": args.split, "images": len(dataset)}
+    """Evaluate on the whole set; rank 0 writes the figures as JSON and prints them."""
+    result = {"model": str(model.spec), "weights": args.checkpoint or args.pretrain,
+              "data": args.data_path or "shapes", "split": args.split, "images": len(dataset)}
     if model.task == "cls":
         figures = evaluate_cls(model, dataset, processes, args.batch_size, args.workers, args.amp)
+        loss = figures.pop("val_loss")
     else:
         matrix = evaluate_seg(model, dataset, processes, args.batch_size, args.workers, **protocol)
-        figures = matrix.summary()
-        names = [name if dataset.classes.count(name) == 1 else f"{name} ({k})" for k, name in enumerate(dataset.classes)]
-        result |= protocol | {"classes": {
-            name: {"IoU": rounded(100 * iou), "Acc": rounded(100 * acc)}
-            for name, iou, acc in zip(names, matrix.iou().tolist(), matrix.accuracy().tolist())}}
+        figures, loss, columns = matrix.summary(), matrix.loss, matrix.figures()
+        names = [name if dataset.classes.count(name) == 1 else f"{name} ({k})"
+                 for k, name in enumerate(dataset.classes)]
+        table = {name: {key: rounded(100 * column[k].item()) for key, column in columns.items()}
+                 for k, name in enumerate(names)}
+        result |= protocol | {"classes": table, "confusion": matrix.counts.tolist()}
     if processes.rank > 0:
+        return
+    result |= {name: rounded(value) for name, value in figures.items()} | {"loss": round(loss, 4)}
+    if args.json:                   # first: no trouble with printing loses the figures
+        data.write_json("--json", args.json, result)
+    if args.json == "-":
         return
     how = ""
     if model.task == "seg":         # a figure means little without the protocol
+        print_classes(dataset.classes, matrix, trained, table)
         how = "".join(f", {key.replace('_', ' ')} {value}" for key, value in protocol.items()
                       if value not in (None, False, "off", [1.0]))
-        print_table(result["classes"])
-        renamed = [f"{k} ({old!r}, here {new!r})" for k, (old, new) in enumerate(zip(trained.get("classes", []), dataset.classes))
-                   if old != new]
-        if renamed:
-            print(f"note: the checkpoint has other names for {len(renamed)} classes, the first is {renamed[0]}")
+    summary = [f"{name} {value:.2f} %" for name, value in figures.items()] + [f"loss {loss:.4f}"]
     print(f"{result['model']} on {result['data']} {args.split}, {len(dataset)} images{how}: "
-          + ", ".join(f"{name} {value:.2f} %" for name, value in figures.items()))
-    if args.json:
-        with data.writing("--json", args.json):
-            Path(args.json).write_text(json.dumps(result | {k: rounded(v) for k, v in figures.items()}, indent=1) + "\n")
+          + ", ".join(summary))
 
 
 def main(argv=None):
     args = arguments(argv)
     processes = data.start(args.device)
+    quiet = processes.rank > 0 or args.json == "-"
+    if args.json and not quiet:
+        data.try_writing("--json", args.json)
     dataset = open_dataset(args, args.task, {}) if args.pretrain and args.data_path else None
-    model, trained = load_model(args, dataset, print if processes.rank == 0 else lambda *_: None)
-    said = trained.get("args", {})
-    args.zero_is_class |= said.get("zero_is_class", False)
+    model, trained = load_model(args, dataset, (lambda report: None) if quiet else print)
+    settings = trained.get("args", {})
+    args.zero_is_class |= settings.get("zero_is_class", False)
+    short_side = settings.get("crop", 512) if args.size is None else args.size or None
+    protocol = {"short_side": short_side, "scales": args.scales, "flip": args.flip,
+                "slide": args.slide, "size_divisor": args.size_divisor, "amp": args.amp}
+    if model.task == "cls":
+        models.no_effect(args, "on a classifier", "images", "scales", "flip", "slide", "size_divisor")
+    for key, value in DEFAULTS.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     model = models.fuse(model).to(processes.device, memory_format=torch.channels_last)
-    protocol = dict(short_side=said.get("crop", 512) if args.size is None else args.size or None, scales=args.scales,
-                    flip=args.flip, slide=args.slide, size_divisor=args.size_divisor, amp=args.amp)
-    if model.task == "cls" and (args.images or args.flip or args.slide or args.size_divisor or args.scales != [1.0]):
-        raise UserError("--images, --scales, --flip, --slide and --size-divisor are for segmentation; this is a classifier")
     if args.images:
-        names = trained.get("classes") or (dataset.classes if dataset else [f"class {k}" for k in range(model.num_classes)])
-        colors = np.array(trained["colors"] if "colors" in trained else dataset.colors if dataset else
-                          data.ADE20K_COLORS if model.num_classes == 150 else data.distinct_colors(model.num_classes), np.uint8)
-        from_zero = args.zero_is_class or "data_path" in said and said["data_path"] is None     # as the shapes' labels are
-        return save_pictures(model, args.images, args.save_dir, names, colors, 1 - from_zero, processes, protocol)
-    dataset = dataset or open_dataset(args, model.task, said)
+        return save_pictures(model, args, processes, protocol, *look(model, trained, dataset, args))
+    dataset = dataset or open_dataset(args, model.task, settings)
     if dataset.num_classes != model.num_classes:
-        raise UserError(f"{args.data_path or 'the embedded shapes'}: {dataset.num_classes} classes, but the model knows "
-                        f"{model.num_classes}; give the data set that it was trained for to --data-path")
+        raise UserError(f"{args.data_path or 'the embedded shapes'}: {dataset.num_classes} classes, "
+                        f"but the model knows {model.num_classes}; give the data set that it was "
+                        "trained for to --data-path")
     measure(args, model, trained, dataset, processes, protocol)
 
 
