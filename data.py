@@ -202,6 +202,25 @@ def writing(flag, path):
         raise UserError(f"{flag} {shown(path)}: cannot be written ({error.strerror})") from None
 
 
+def try_writing(flag, path):
+    """Find out before the work whether its result can be written; leaves no new file."""
+    path = Path(path)
+    new = not path.exists()
+    with writing(flag, path):
+        open(path, "a").close()
+    if new:
+        path.unlink()
+
+
+def write_json(flag, path, value):
+    """Write to the file that a flag names, or print for "-"."""
+    text = json.dumps(value, indent=1)
+    if path == "-":
+        return print(text)
+    with writing(flag, path):
+        Path(path).write_text(text + "\n")
+
+
 def read_mask(path):
     """A mask's ids as they are stored: (H, W) uint8 or uint32. Palette masks give indices, never colours."""
     with opened(path, any_depth=True) as image:

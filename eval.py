@@ -11,7 +11,6 @@ neither on the number of processes nor on the batch size. A checkpoint brings it
 defaults: --size is its crop, --zero-is-class its own, and pictures get its class names and colours.
 """
 import argparse
-import json
 import math
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +29,7 @@ import models
 from layers import UserError
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-NOT_FINITE = ("the model's output is not finite (inf or nan); its weights are damaged, or too large "
-              "for --amp fp16")
+NOT_FINITE = "the model's output is not finite; its weights are damaged, or too large for fp16"
 
 
 @contextmanager
@@ -74,7 +72,7 @@ class ConfusionMatrix:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     def update(self, pred, label, loss_sum=0.0):
-        """Add maps of one shape with classes 0..K-1, labels of 255 left out, and their summed loss."""
+        """Add maps of one shape, classes 0..K-1, labels of 255 left out, and their summed loss."""
         known = label != data.IGNORED
         # Ignored pixels add 0 to the first cell: to leave them out, the host would have to wait for
         # their number.
@@ -195,7 +193,7 @@ def finite(logits):
 
 @torch.inference_mode()
 def segment(model, images, size, **protocol):
-    """uint8 (B, 3, H, W) -> views' logits, and the class of every pixel at `size`, (B, *size) int64.
+    """uint8 (B, 3, H, W) -> the views' logits, and the class of each pixel at `size`, (B, *size).
 
     The class is that of the largest logit; of several views, of the largest mean of soft-maxes.
     """
@@ -206,9 +204,9 @@ def segment(model, images, size, **protocol):
 
 
 def predict(model, image, size=None, device=None, **protocol):
-    """Class of every pixel of an image, at its size or `size` -> int64 (H, W) on the model's device.
+    """Class of each pixel of an image, at its size or `size` -> int64 (H, W) on the model's device.
 
-    image: PIL image (ImageOps.exif_transpose turns a photograph upright), or uint8 (3, H, W); uint8
+    image: PIL image (ImageOps.exif_transpose turns a photograph upright) or uint8 (3, H, W); uint8
     (B, 3, H, W) gives (B, H, W). protocol: the keywords of `views`; short_side is the model's .size
     by default, which models.load sets. Errors: UserError.
     """
@@ -377,16 +375,11 @@ def save_pictures(model, args, processes, protocol, names, colors, first_id):
         raise UserError(f"{bad[0]} ({len(bad)} of {len(files)} files could not be drawn, "
                         f"the others are in {folder})")
     if processes.rank == 0:
-        print(f"{len(files)} label maps (ids {first_id}..{len(names) - 1 + first_id}) and overlays: "
-              f"{folder}")
+        last_id = first_id + len(names) - 1
+        print(f"{len(files)} label maps (ids {first_id}..{last_id}) and overlays: {folder}")
 
 
 # ---- python eval.py ------------------------------------------------------------------------------
-
-# None stands for "not given" until all flags are read, so that one without effect is noticed.
-DEFAULTS = {"task": "seg", "split": "val", "scales": [1.0], "save_dir": "pictures", "batch_size": 1,
-            "workers": 2}
-
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description="Evaluate a model, or draw what it sees.")
@@ -397,9 +390,9 @@ def arguments(argv=None):
     add("--pretrain", help="public weights for --model: a file or a Hugging Face directory")
     add("--num-classes", type=models.positive_int,
         help="of --pretrain (default: those of --data-path, else 150 for seg, 1000 for cls)")
-    add("--task", choices=list(models.CLASSES), help="of --model (default seg)")
+    add("--task", choices=list(models.CLASSES), default="seg", help="of --model (default seg)")
     add("--data-path", help="data set, see data.py (default: the embedded shapes)")
-    add("--split", choices=["train", "val"], help="default val")
+    add("--split", choices=["train", "val"], default="val", help="default val")
     add("--zero-is-class", action="store_true",
         help="id 0 of the masks is a class; else it is ignored, and k is class k-1")
     add("--size", type=models.count,
@@ -407,22 +400,24 @@ def arguments(argv=None):
         "image size of the checkpoint's training, else 512; classifiers 224)")
     add("--size-divisor", type=models.positive_int,
         help="resize each side up to a multiple of this (32 is worth +0.5 mIoU or more)")
-    add("--scales", type=models.positive, nargs="+",
+    add("--scales", type=models.positive, nargs="+", default=[1.0],
         help="multi-scale test, e.g. 0.5 0.75 1 1.25 1.5 1.75 (default 1)")
     add("--flip", action="store_true", help="average with the mirrored image")
     add("--slide", type=models.positive_int, nargs=2, metavar=("CROP", "STRIDE"),
         help="sliding window instead of the whole image")
     add("--images", help="draw this image, or all of this folder, instead of measuring")
-    add("--save-dir", help="where --images writes (default pictures)")
+    add("--save-dir", default="pictures", help="where --images writes (default pictures)")
     add("--probabilities", action="store_true",
         help="with --images: NAME.npz too, float16 soft-maxes at the network's resolution")
     add("--json", nargs="?", const="-", metavar="FILE",
         help="write the figures to FILE as well, or print them instead of the table")
-    add("--batch-size", type=models.positive_int, help="images per process and pass (default 1)")
+    add("--batch-size", type=models.positive_int, default=1,
+        help="images per process and pass (default 1)")
     add("--amp", choices=list(AMP), default="off", help="mixed precision (default off)")
-    add("--workers", type=models.count, help="loader processes (default 2)")
+    add("--workers", type=models.count, default=2, help="loader processes (default 2)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     args = parser.parse_args(argv)
+    args.defaults = vars(parser.parse_args([]))
 
     if (args.checkpoint is None) == (args.pretrain is None):
         raise UserError("give either --checkpoint FILE, or --model NAME with --pretrain FILE")
@@ -430,18 +425,18 @@ def arguments(argv=None):
         raise UserError("--pretrain: needs --model NAME (`python models.py` lists the names)")
     if args.checkpoint:
         models.no_effect(args, "with --checkpoint, which knows its model",
-                         "model", *models.SLOTS, "task", "num_classes")
+                         f"model task num_classes {' '.join(models.SLOTS)}")
     if args.images:
-        models.no_effect(args, "with --images", "json", "split", "batch_size", "workers")
+        models.no_effect(args, "with --images", "json split batch_size workers")
     else:
-        models.no_effect(args, "without --images", "save_dir", "probabilities")
+        models.no_effect(args, "without --images", "save_dir probabilities")
     if args.slide and args.slide[0] < args.slide[1]:
         raise UserError("--slide: needs CROP >= STRIDE, else there would be gaps")
     return args
 
 
 def load_model(args, dataset, show):
-    """-> model, and what its checkpoint holds beside the weights ("args", "classes", ...), or {}."""
+    """-> model, and what its checkpoint holds beside the weights ("args", "classes", ..), or {}."""
     if args.checkpoint:
         trained = models.read_checkpoint(args.checkpoint)
         with naming(args.checkpoint):
@@ -470,13 +465,15 @@ def open_dataset(args, task, settings):
 
 
 def look(model, trained, dataset, args):
-    """Class names, colours and the id of class 0 for pictures: the checkpoint's, the data set's, or any."""
+    """Class names, colours and the id of class 0: the checkpoint's, the data set's, or made up."""
     known = {}
     if dataset:
         known = {"classes": dataset.classes, "colors": dataset.colors, "first_id": dataset.first_id}
     # An older checkpoint has no first_id: it was 0 for the shapes.
     from_zero = args.zero_is_class or trained.get("args", {}).get("data_path", "") is None
-    colors = data.ADE20K_COLORS if model.num_classes == 150 else data.distinct_colors(model.num_classes)
+    colors = data.distinct_colors(model.num_classes)
+    if model.num_classes == 150:
+        colors = data.ADE20K_COLORS
     known = {"classes": [f"class {k}" for k in range(model.num_classes)], "colors": colors,
              "first_id": 0 if from_zero else 1} | known | trained
     return known["classes"], np.array(known["colors"], np.uint8), known["first_id"]
@@ -490,7 +487,7 @@ def rounded(percent):
 
 
 def print_classes(classes, matrix, trained, table):
-    """The table, what is confused most, and whether the checkpoint has other names for the classes."""
+    """The table, what is confused most, and whether the checkpoint names the classes otherwise."""
     print(f"{'class':<28}{'IoU':>8}{'Acc':>8}{'precision':>11}{'F1':>8}")
     for name, figures in table.items():
         iou, acc, precision, f1 = ["-" if x is None else f"{x:.2f}" for x in figures.values()]
@@ -498,11 +495,11 @@ def print_classes(classes, matrix, trained, table):
     worst = [f"{classes[label]} taken for {classes[pred]} {100 * share:.2f} %"
              for label, pred, share in matrix.confusions()]
     print(f"worst confusions, of all labelled pixels: {', '.join(worst) or 'none'}")
-    renamed = [k for k, (old, new) in enumerate(zip(trained.get("classes", []), classes)) if old != new]
+    names = zip(trained.get("classes", []), classes)
+    renamed = [f"{k} ({old!r}, here {new!r})" for k, (old, new) in enumerate(names) if old != new]
     if renamed:
-        k = renamed[0]
         print(f"note: the checkpoint has other names for {len(renamed)} classes, the first is "
-              f"{k} ({trained['classes'][k]!r}, here {classes[k]!r})")
+              f"{renamed[0]}")
 
 
 def measure(args, model, trained, dataset, processes, protocol):
@@ -551,18 +548,15 @@ def main(argv=None):
     protocol = {"short_side": short_side, "scales": args.scales, "flip": args.flip,
                 "slide": args.slide, "size_divisor": args.size_divisor, "amp": args.amp}
     if model.task == "cls":
-        models.no_effect(args, "on a classifier", "images", "scales", "flip", "slide", "size_divisor")
-    for key, value in DEFAULTS.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+        models.no_effect(args, "on a classifier", "images scales flip slide size_divisor")
     model = models.fuse(model).to(processes.device, memory_format=torch.channels_last)
     if args.images:
         return save_pictures(model, args, processes, protocol, *look(model, trained, dataset, args))
     dataset = dataset or open_dataset(args, model.task, settings)
     if dataset.num_classes != model.num_classes:
-        raise UserError(f"{args.data_path or 'the embedded shapes'}: {dataset.num_classes} classes, "
-                        f"but the model knows {model.num_classes}; give the data set that it was "
-                        "trained for to --data-path")
+        where = args.data_path or "the embedded shapes"
+        raise UserError(f"{where}: {dataset.num_classes} classes, but the model knows "
+                        f"{model.num_classes}; give --data-path the data set of its training")
     measure(args, model, trained, dataset, processes, protocol)
 
 
