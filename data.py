@@ -10,18 +10,26 @@ index): it does not depend on the number of workers, on the order of requests or
 """
 import argparse
 import colorsys
+import ctypes
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
+import signal
 import struct
 import sys
+import threading
 import time
+import traceback
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,114 +48,413 @@ MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)    # ImageNet, on the 0
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
-# ---- Processes -----------------------------------------------------------------------------------------------------
+# ---- Processes -----------------------------------------------------------------------------------
+
+START_TIMEOUT = 600     # seconds that the processes wait for each other at the start
+TIMEOUT = 300           # and afterwards, in anything that they do together
+_store = None           # where processes leave notes for each other, beside the group's exchanges
+
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all: rank of world over all nodes, local_rank on its own, and the device that it computes on."""
+    """This process among all: rank of world, local_rank on its machine, the device it works on."""
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
 
 
-def start(device=None):
-    """Join the process group that torchrun describes in the environment; alone under plain `python`. -> Processes."""
-    rank, world, local_rank, local_world = (int(os.environ.get(name, default)) for name, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+def start(device=None, timeout=None):
+    """Join the group that torchrun describes in the environment; alone under plain `python`.
+
+    device: "cpu", "cuda" or "cuda:N"; CUDA where there is one, if None. timeout: the seconds after
+    which a process that does not answer is an error (TIMEOUT if None). -> Processes
+    """
+    rank, world, local_rank, local_world = _places()
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: no such device; use cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda":
-        index = device.index if device.index is not None else local_rank
+        index = local_rank if device.index is None else device.index
         if device.index is not None and local_world > 1:
-            raise UserError(f"--device {device}: {local_world} processes cannot share one GPU; use --device cuda")
+            raise UserError(f"--device {name}: {local_world} processes cannot share one GPU; "
+                            "use --device cuda")
         if index >= torch.cuda.device_count():
-            raise UserError(f"--device cuda:{index}: {torch.cuda.device_count()} CUDA devices are here; use --device cpu "
-                            "or start fewer processes")
+            raise UserError(f"--device cuda:{index}: {torch.cuda.device_count()} CUDA devices are "
+                            "here; use --device cpu or start fewer processes")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+        # One precision for matrix products and convolutions: TF32, float32's range in 19 bits.
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
     elif world > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))    # torchrun would leave 1
+        torch.set_num_threads(max(1, cores() // local_world))    # torchrun would leave 1
     if world > 1:
-        cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        _join(rank, world, device, timeout or TIMEOUT)
     return Processes(rank, world, local_rank, device)
 
 
+def _places():
+    """rank, world, local rank and processes on this machine, which torchrun writes down for us."""
+    usual = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            print("note: WORLD_SIZE is set, but not all of RANK, MASTER_ADDR and MASTER_PORT: "
+                  "torchrun did not start this process, it works alone", file=sys.stderr)
+        return usual.values()
+    try:
+        places = [int(os.environ.get(key, value)) for key, value in usual.items()]
+        if 0 <= places[0] < places[1] and 0 <= places[2] < places[3]:
+            return places
+    except ValueError:
+        pass
+    raise UserError(f"{', '.join(usual)}: torchrun would not set these variables to what they are; "
+                    "unset them, or start with torchrun")
+
+
+def _join(rank, world, device, timeout):
+    """Wait for all processes, then form the group."""
+    global _store
+    wait = timedelta(seconds=max(timeout, START_TIMEOUT))
+    keys, waiting = [f"here {r}" for r in range(world)], False
+    # Python's handlers do not run while C++ waits: until it is done, signals just end the process.
+    handlers = handle(signal.SIG_DFL)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=wait))
+        # torchrun keeps one store over its restarts: without keys of their own, the processes of
+        # the second attempt would read the addresses of the first one's dead processes.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        _store = dist.PrefixStore(f"attempt {attempt}", store)
+        _store.set(keys[rank], "")
+        waiting = True
+        _store.wait(keys, wait)
+        waiting = False
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if gpu else "gloo", store=_store, rank=rank, world_size=world,
+                                timeout=timedelta(seconds=timeout), device_id=gpu)
+    except (RuntimeError, ValueError) as error:
+        reason = f"no sign of process {_missing(keys)}" if waiting else str(error).split("\n")[0]
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"process {rank} of {world} cannot join the others at {address}: {reason}; "
+                        "are all of them started, and can they reach this address?") from None
+    finally:
+        handle(*handlers)
+
+
+def _missing(keys):
+    """The processes whose notes are not in the store, as text."""
+    return ", ".join(str(rank) for rank, key in enumerate(keys) if not _store.check([key]))
+
+
+def broadcast(value):
+    """Process 0's value (anything that can be pickled) on every process.
+
+    Files that only process 0 reads thus need not be on the machines of the others.
+    """
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def share_buffers(model):
+    """Give all processes the buffers of process 0: each has BatchNorm statistics of its own."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def seed_of(seed, step, rank):
+    """The number for torch.manual_seed before a step: with it no random state has to be saved."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+
+
+def cores():
+    """Number of processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):      # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def peak_memory(device):
+    """GiB at most so far: held by tensors on a GPU, else resident in this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 2)
+    unit = 1 if sys.platform == "darwin" else 2 ** 10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30, 2)
+
+
+def keep_memory(keep=True):
+    """Tell the C library (glibc) to keep freed memory for later, or to behave as usual again.
+
+    A step on the CPU asks for the same large pieces again and again. By default each goes back to
+    the system and comes as new pages, whose faults cost up to a fifth of the step's time.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4      # of malloc.h
+    with suppress(OSError, AttributeError):    # another C library: everything stays as it is
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(M_MMAP_MAX, 0 if keep else 65536)
+        mallopt(M_TRIM_THRESHOLD, -1 if keep else 2 ** 17)    # -1: the largest
+
+
+def deterministic():
+    """Make CUDA's sums come out the same each time, at some cost; the CPU's do anyway."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+# ---- Stopping and failing ------------------------------------------------------------------------
+
+SIGNALS = signal.SIGTERM, signal.SIGINT
+
+
+def handle(first, second=None):
+    """Set the handlers of the two signals (one for both). -> those that were set."""
+    return [signal.signal(n, handler) for n, handler in zip(SIGNALS, (first, second or first))]
+
+
+class Stopped(BaseException):
+    """A signal asked this process to end; not an Exception, as nothing may take it for an error.
+
+    advice: how to go on, for the line that `run` prints.
+    """
+
+    def __init__(self, signum, advice="nothing more was saved"):
+        super().__init__(f"stopped by {signal.Signals(signum).name}: {advice}")
+        self.signum = signum
+
+
+class Stop:
+    """What SIGTERM and SIGINT do while `run` runs a script.
+
+    The first one raises Stopped at once. Inside `with STOP.postponed():` it is remembered instead,
+    for a loop to ask STOP.pending() after each step, and raises Stopped where the block ends. The
+    second one ends the process at once.
+    """
+
+    def __init__(self):
+        self.signum, self.time = 0, 0.0    # the first signal, and when it came
+        self.process = None                # the one that listens: a loader's processes do not
+        self.is_postponed = False
+
+    def pending(self):
+        """Number of the signal that came in, or 0."""
+        return self.signum
+
+    @contextmanager
+    def postponed(self):
+        self.is_postponed = True
+        try:
+            yield
+        finally:
+            self.is_postponed = False
+        if self.signum:
+            raise Stopped(self.signum)
+
+    def __call__(self, signum, _):
+        if os.getpid() != self.process:
+            return
+        if self.signum == 0:
+            self.signum, self.time = signum, time.monotonic()
+            if not self.is_postponed:
+                raise Stopped(signum)
+        # Ctrl-C reaches a process of torchrun twice, from the terminal and from torchrun.
+        elif not under_torchrun() or time.monotonic() - self.time > 1:
+            os._exit(128 + signum)
+
+
+STOP = Stop()
+
+
+def under_torchrun():
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _watch(parent):
+    """Stop when torchrun has died: its processes would train on, unseen, and hold the folder."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+    os._exit(1)
+
+
 def run(main):
-    """Call main(); a UserError becomes one line on stderr and exit status 1, also one raised in a loader's worker."""
+    """Call a script's main(). What a user or the machine can cause ends in one line, no traceback.
+
+    The exit status is 1 after an error, 128 + N after signal N. In a group of processes nothing is
+    tidied up after an error, as the others may be inside an exchange that this one will not join.
+    """
+    STOP.signum, STOP.process = 0, os.getpid()
+    handlers = handle(STOP)
+    warnings.filterwarnings("ignore", module="PIL")    # they name no file; what is bad raises
+    if under_torchrun():
+        threading.Thread(target=_watch, args=[os.getppid()], daemon=True).start()
     try:
         main()
-    except UserError as error:
-        message = str(error)
-        if "Original Traceback" in message:    # the loader wraps a worker's error into its traceback; the last line is ours
-            message = message.strip().rpartition("UserError: ")[2]
-        # Mostly all processes meet the same mistake: torchrun ends the others when one has left, before they say it too.
-        time.sleep(min(1, int(os.environ.get("LOCAL_RANK", 0))))
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(1)    # without leaving the group: the other ranks may be inside a collective that this one will not join
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            sys.exit("error: a loader's process died (out of memory, or of /dev/shm?); try a lower --workers, or 0")
-        if not (dist.is_initialized() and "by peer" in str(error)):    # what gloo says when another process has left
-            raise
-        sys.exit(f"process {dist.get_rank()} stops because another one has; its message says why")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except (Exception, Stopped) as error:
+        handle(signal.SIG_DFL)    # from here on a signal just ends the process
+        status = _report(error)
+        if dist.is_initialized():
+            os._exit(status)
+        sys.exit(status)
+    finally:
+        handle(*handlers)
 
 
-# ---- Loaders -------------------------------------------------------------------------------------------------------
+def _report(error):
+    """Say on stderr what happened, and end the loaders' processes. -> exit status"""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # the loader's would take it for a crash
+    for child in multiprocessing.active_children():
+        child.kill()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for Python's own flush
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE      # quietly, as in `| head`
+    # Mostly all processes meet the same mistake: torchrun ends the others when one has left, before
+    # they say it too.
+    time.sleep(min(1, int(os.environ.get("LOCAL_RANK", 0))))
+    line = _explained(error)
+    with suppress(OSError):    # stderr may be closed as well
+        if line is None:
+            traceback.print_exception(error)
+        else:
+            print(line, file=sys.stderr, flush=True)
+    return 128 + error.signum if isinstance(error, Stopped) else 1
+
+
+LESS = ("try a lower --batch-size; a training run also has --accum (for the same effective batch), "
+        "--amp bf16 and --checkpointing")
+FAULTS = {    # what the type and message of a library's error contain: what is said in its place
+    "CUDA (error: )?out of memory|ALLOC_FAILED": f"the GPU is out of memory; {LESS}",
+    "^MemoryError|can't allocate memory|not enough memory": f"out of memory; {LESS}",
+    "DataLoader worker .*(exited|killed)|shared memory|Too many open files|ancdata":
+        "a loader's process died (out of memory, of /dev/shm or of open files?); try a lower "
+        "--workers, or 0"}
+
+
+def _explained(error):
+    """One line on an error that a user or the machine can cause; None for one of the program."""
+    text = f"{type(error).__name__}: {error}".strip()
+    if isinstance(error, Stopped):
+        return str(error)
+    if isinstance(error, UserError):    # a loader's process sends it inside a traceback
+        return "error: " + text.rpartition("UserError: ")[2]
+    for pattern, line in FAULTS.items():
+        if re.search(pattern, text):
+            return f"error: {line}"
+    if isinstance(error, OSError):
+        return f"error: {shown(error.filename or 'system')}: {error.strerror or shown(error)}"
+    if not (dist.is_initialized() and isinstance(error, RuntimeError)):
+        return None
+    process = f"process {dist.get_rank()}"
+    if re.search("Timed out|timeout", text):
+        return f"error: {process} waited too long for another one{_silent()}"
+    if "NCCL" in text:
+        return f"error: {process}: {text.splitlines()[-1]}; NCCL_DEBUG=INFO tells more"
+    if isinstance(error, dist.DistError) or "gloo" in text or "by peer" in text:
+        return f"{process} stops because another one has; its message says why"
+    return None
+
+
+def _silent():
+    """Each process that waited in vain leaves a note: those that leave none are the silent ones."""
+    keys = [f"waited {rank}" for rank in range(dist.get_world_size())]
+    with suppress(RuntimeError):       # the store may have gone as well
+        _store.set_timeout(timedelta(seconds=10))
+        _store.set(keys[dist.get_rank()], "")
+        time.sleep(5)
+        return f": process {_missing(keys)} is silent" if _missing(keys) else ""
+    return ""
+
+
+# ---- Loaders -------------------------------------------------------------------------------------
 
 class EpochSampler(Sampler):
-    """This rank's share of a shuffle that is a pure function of (seed, epoch); yields keys (epoch, view, index).
+    """This rank's share of a shuffle that is a pure function of (seed, epoch).
 
-    The key carries the epoch to the workers, so that they hold no state. `repeats` > 1 is repeated augmentation (Hoffer et
-    al., "Augment your batch", CVPR 2020; the RASampler of DeiT): an image is drawn `repeats` times in a row, in different
-    views that go to neighbouring ranks, and the epoch keeps its length: it shows 1/repeats of the images.
+    Yields keys (epoch, view, index): with the epoch in the key the workers hold no state.
+    `repeats` > 1 is repeated augmentation (Hoffer et al., "Augment your batch", CVPR 2020; the
+    RASampler of DeiT): an image is drawn `repeats` times in a row, in different views that go to
+    neighbouring ranks, and the epoch keeps its length: it shows 1/repeats of the images.
     """
 
     def __init__(self, size, processes, seed, repeats):
-        self.size, self.rank, self.world, self.seed, self.repeats = size, processes.rank, processes.world, seed, repeats
-        self.epoch = 0
+        self.size, self.seed, self.repeats = size, seed, repeats
+        self.rank, self.world = processes.rank, processes.world
+        self.epoch = self.start = 0      # start: how many of the epoch's keys have been used before
 
     def __len__(self):
-        return self.size // self.world    # the remainder is dropped: every rank must take the same number of steps
+        # The remainder is dropped: every rank must take the same number of steps.
+        return self.size // self.world
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-        for position in range(self.rank, len(self) * self.world, self.world):
+        for number in range(self.start, len(self)):
+            position = number * self.world + self.rank
             yield self.epoch, position % self.repeats, int(order[position // self.repeats])
 
 
 def train_loader(dataset, batch_size, processes, seed, workers, repeats=1):
-    """Shuffled, sharded, whole batches only; call set_epoch(loader, epoch) before each epoch."""
+    """Shuffled, sharded, whole batches only; call set_epoch before each epoch."""
     sampler = EpochSampler(len(dataset), processes, seed, repeats)
     if len(sampler) < batch_size:
-        raise UserError(f"--batch-size {batch_size}: {len(dataset)} images on {processes.world} processes do not fill one "
-                        "batch; use a smaller one")
-    return DataLoader(dataset, batch_size, sampler=sampler, drop_last=True, **_workers(processes, workers))
+        raise UserError(f"--batch-size {batch_size}: {len(dataset)} images on {processes.world} "
+                        "processes do not fill one batch; use a smaller one")
+    return DataLoader(dataset, batch_size, sampler=sampler, drop_last=True,
+                      persistent_workers=workers > 0, pin_memory=processes.device.type == "cuda",
+                      **_workers(workers))
 
 
 def eval_loader(dataset, batch_size, processes, workers):
-    """Every index once over all ranks, without padding; a batch is a list of items, whose sizes may differ."""
+    """Every index once over all ranks, without padding; a batch is a list of items of any sizes."""
     shard = range(processes.rank, len(dataset), processes.world)
-    return DataLoader(dataset, batch_size, sampler=shard, collate_fn=list, **_workers(processes, workers))
+    return DataLoader(dataset, batch_size, sampler=shard, collate_fn=list, **_workers(workers))
 
 
-def _workers(processes, workers):
-    # The loader draws its workers' seeds from `generator`: its own leaves the run's random stream alone.
-    return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=processes.device.type == "cuda",
-                generator=torch.Generator().manual_seed(0))
+def _workers(count):
+    # The loader draws its workers' seeds from `generator`: its own leaves the run's stream alone.
+    return {"num_workers": count, "generator": torch.Generator().manual_seed(0),
+            "worker_init_fn": partial(_start_worker, STOP.process is not None)}
 
 
-def set_epoch(loader, epoch):
-    """Make `epoch` the one that the next pass over a train_loader draws."""
-    loader.sampler.epoch = epoch
+def _start_worker(deaf, _):
+    """deaf: the training process ends its loaders; a cluster's SIGTERM to all must not do it."""
+    keep_memory(False)
+    if deaf:
+        handle(signal.SIG_IGN)
+
+
+def default_workers(device):
+    """Loader processes for each training process: a GPU's share of the cores, at most 8."""
+    if device.type == "cpu":
+        return 2
+    return min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def set_epoch(loader, epoch, start=0):
+    """Make `epoch` the one that the next pass over a train_loader draws.
+
+    start: number of batches of it that have been used already; they are skipped without loading.
+    """
+    loader.sampler.epoch, loader.sampler.start = epoch, start * loader.batch_size
     loader.dataset.set_epoch(epoch)
+
+
+def progress(iterable, title, rank=0, total=None):
+    """A tqdm bar in the terminal of process 0; in a file (a cluster's log) a line each half minute.
+
+    Give set_postfix refresh=False: it would draw the bar each time.
+    """
+    pause = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(iterable, title, total, leave=False, disable=rank > 0, mininterval=pause,
+                maxinterval=max(10, pause), delay=pause)
 
 
 class EpochDataset(Dataset):
@@ -167,7 +474,6 @@ class EpochDataset(Dataset):
 
 # ---- Reading files -------------------------------------------------------------------------------------------------
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)    # `opened` refuses these images
 BROKEN = OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError
 
 
