@@ -1,17 +1,16 @@
-"""Train a classifier: the pre-training of train_seg.py's encoders (its --pretrain takes the best.pt of this).
+"""Train a classifier: the pre-training of an encoder (train_seg.py --pretrain takes its best.pt).
 
-    torchrun train_cls.py                                   # embedded data: a few minutes on two CPU cores
+    torchrun train_cls.py                  # embedded data: a few minutes on two CPU cores
     torchrun --nproc_per_node=8 train_cls.py --data-path tiny-imagenet-200 --amp fp16
 
-`python train_cls.py` is the same as one process. The run's folder gets last.pt, best.pt and log.jsonl; the
-same command started again continues there, with the same bits as if the run had never stopped.
+`python train_cls.py` is the same as one process. The run's folder gets last.pt, best.pt and
+log.jsonl; the same command started again continues there, on a CPU with the same bits as if the
+run had never stopped.
 """
 import argparse
 import contextlib
-import fcntl
-import json
+import copy
 import math
-import resource
 import time
 import warnings
 from pathlib import Path
@@ -20,67 +19,75 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 import data
 import models
-from data import UserError
 from eval import evaluate_cls
+from layers import UserError
 
-RECIPE = dict(model="segformer_b2", image_size=224, epochs=300, batch_size=128, weight_decay=0.05,      # on --data-path
-              rand_augment=True, erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, repeats=3, workers=2)
-QUICK = dict(model="segformer_b0", image_size=64, epochs=10, batch_size=16, lr=2e-3, weight_decay=0.05, drop_path=0.0,
-             rand_augment=False, erase=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1, repeats=1, workers=0)
+# With --data-path: the recipe of DeiT, as the original project. Without: one for our own shapes.
+RECIPE = dict(model="segformer_b2", image_size=224, epochs=300, batch_size=128, rand_augment=True,
+              erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, repeats=3, workers=2)
+QUICK = dict(model="segformer_b0", image_size=64, epochs=10, batch_size=16, lr=2e-3, workers=0,
+             drop_path=0.0, rand_augment=False, erase=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1,
+             repeats=1)
 
 # The same run may go on with other values of these, as long as the effective batch stays.
 MAY_CHANGE = {"output_dir", "resume", "device", "workers", "compile", "batch_size", "accum"}
 
 
 def arguments(argv=None):
-    default = lambda key: f"(default {RECIPE[key]} [{QUICK[key]}])"
+    def default(key):
+        return f"(default {RECIPE[key]} [{QUICK[key]}])"
+
     parser = argparse.ArgumentParser(description="Train a classifier.",
                                      epilog="Defaults in [ ] hold without --data-path.")
     add = parser.add_argument
-    add("--data-path", help="Tiny-ImageNet or train/CLASS/*.jpg + val/CLASS/*.jpg (default: shapes drawn by data.py)")
+    add("--data-path", help="Tiny-ImageNet or train/CLASS/*.jpg + val/CLASS/*.jpg "
+        "(default: shapes drawn by data.py)")
     models.add_model_arguments(parser)
-    add("--drop-path", type=float, help="stochastic depth of the last block (default: the model's own [0])")
+    add("--drop-path", type=models.share,
+        help="stochastic depth of the last block (default: the model's own [0])")
     add("--pretrain", help="weights to start from: a best.pt, a public file, a Hugging Face folder")
-    add("--image-size", type=int, help=f"side of the images in pixels {default('image_size')}")
-    add("--rand-augment", action=argparse.BooleanOptionalAction, help=f"RandAugment {default('rand_augment')}")
-    add("--erase", type=float, help=f"probability of random erasing {default('erase')}")
-    add("--mixup", type=float, help=f"alpha, 0 = off {default('mixup')}")
-    add("--cutmix", type=float, help=f"alpha, 0 = off {default('cutmix')}")
-    add("--smoothing", type=float, help=f"of the labels {default('smoothing')}")
-    add("--repeats", type=int, help=f"views of an image in a batch: repeated augmentation {default('repeats')}")
-    add("--epochs", type=int, help=default("epochs"))
-    add("--batch-size", type=int, help=f"images per process and pass {default('batch_size')}")
-    add("--accum", type=int, default=1, help="passes per step: effective batch = batch size x processes x passes")
-    add("--lr", type=float, help=f"(default 5e-4 x effective batch / 512 [{QUICK['lr']}])")
-    add("--weight-decay", type=float, help=default("weight_decay"))
-    add("--warmup", type=int, help="steps of linear warm-up (default 1500, at most 5 %% of all)")
-    add("--clip", type=float, default=math.inf, help="largest norm of the gradient (default: no limit)")
-    add("--ema", type=float, nargs="?", const=0.9998, default=0.0, metavar="DECAY",
+    add("--image-size", type=models.positive_int,
+        help=f"side of the images in pixels {default('image_size')}")
+    add("--rand-augment", action=argparse.BooleanOptionalAction,
+        help=f"RandAugment {default('rand_augment')}")
+    add("--erase", type=models.share, help=f"probability of random erasing {default('erase')}")
+    add("--mixup", type=models.non_negative, help=f"alpha, 0 = off {default('mixup')}")
+    add("--cutmix", type=models.non_negative, help=f"alpha, 0 = off {default('cutmix')}")
+    add("--smoothing", type=models.share, help=f"of the labels {default('smoothing')}")
+    add("--repeats", type=models.positive_int,
+        help=f"views of an image in a batch: repeated augmentation {default('repeats')}")
+    add("--epochs", type=models.positive_int, help=default("epochs"))
+    add("--batch-size", type=models.positive_int,
+        help=f"images per process and pass {default('batch_size')}")
+    add("--accum", type=models.positive_int, default=1,
+        help="passes per step: effective batch = batch size x processes x passes")
+    add("--lr", type=models.positive,
+        help=f"(default 5e-4 x effective batch / 512 [{QUICK['lr']}])")
+    add("--weight-decay", type=models.non_negative, default=0.05, help="(default 0.05)")
+    add("--warmup", type=models.count,
+        help="steps of linear warm-up (default 1500, at most 5 %% of all)")
+    add("--clip", type=models.positive, default=math.inf,
+        help="largest norm of the gradient (default: no limit)")
+    add("--ema", type=models.share, nargs="?", const=0.9998, default=0.0, metavar="DECAY",
         help="evaluate and keep a moving average of the weights (0.9998 unless given)")
-    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default off)")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
     add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (CUDA)")
     add("--compile", action="store_true", help="torch.compile the model for training")
-    add("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default 0)")
-    add("--workers", type=int, help=f"loader processes per training process {default('workers')}")
+    add("--seed", type=models.count, default=0,
+        help="of weights, order, augmentation and dropout (default 0)")
+    add("--workers", type=models.count,
+        help=f"loader processes per training process {default('workers')}")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    add("--output-dir", help="default runs/cls-MODEL-DATA; a folder that holds a last.pt is continued")
+    add("--output-dir", help="default runs/cls-MODEL-DATA; a folder with a last.pt is continued")
     add("--resume", help="begin a new folder with the last.pt of this one")
     parser.set_defaults(model=None)
     args = parser.parse_args(argv)
     for key, value in (RECIPE if args.data_path else QUICK).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    for keys, fits, words in (("image_size epochs batch_size accum repeats lr clip", lambda v: v > 0, "must be above 0"),
-                              ("weight_decay warmup workers seed mixup cutmix", lambda v: v >= 0, "must be at least 0"),
-                              ("drop_path ema smoothing erase", lambda v: 0 <= v < 1, "must be at least 0 and below 1")):
-        for key in keys.split():
-            if (value := getattr(args, key)) is not None and not fits(value):
-                raise UserError(f"--{key.replace('_', '-')} {value}: {words}")
     return args
 
 
@@ -91,243 +98,191 @@ def learning_rate(step, steps, warmup, base):
     return 1e-5 + (base - 1e-5) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-class LargestShape(data.EpochDataset):
-    """data.Shapes for classification: which kind of shape covers the most pixels?"""
-    classes = data.Shapes.classes[2:]       # without the two grounds
-    num_classes = len(classes)
-
-    def __init__(self, split, size=None, seed=0):
-        self.shapes = data.Shapes(split, size, seed)
-
-    def __len__(self):
-        return len(self.shapes)
-
-    def __getitem__(self, key):
-        image, labels, *_ = self.shapes[key]
-        counts = labels.flatten().bincount(minlength=256)[2:2 + self.num_classes]
-        return image if image.is_floating_point() else data.normalise(image), int(counts.argmax())
-
-
 def load_datasets(args):
     if args.data_path is None:
-        return LargestShape("train", args.image_size, args.seed), LargestShape("val")
-    return (data.TinyImageNet(args.data_path, "train", args.image_size, seed=args.seed, rand_augment=args.rand_augment,
-                              erase=args.erase),
-            data.TinyImageNet(args.data_path, "val", args.image_size))
+        train = data.LargestShape("train", args.image_size, args.seed)
+        return train, data.LargestShape("val")
+    train = data.TinyImageNet(args.data_path, "train", args.image_size, seed=args.seed,
+                              rand_augment=args.rand_augment, erase=args.erase)
+    return train, data.TinyImageNet(args.data_path, "val", args.image_size)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run's folder
-# ---------------------------------------------------------------------------------------------------------------------
-
-def open_log(output):
-    """Open log.jsonl for appending, as the only run in this folder. The lock ends with the process, however that ends."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        log = open(output / "log.jsonl", "a+")
-    except OSError as error:
-        raise UserError(f"{output}: cannot write here ({error.strerror}); choose another --output-dir")
-    try:
-        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{output}: another run is writing here; wait for it or choose another --output-dir")
-    return log
-
-
-def append(log, row):
-    """Add an epoch's row, once: a run may have been killed after saving last.pt, which holds the row, and before this."""
-    log.seek(0)
-    if f'"epoch": {row["epoch"]},' not in log.read():
-        with data.writing("--output-dir", log.name):
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-
-
-def find_state(output, resume, settings):
-    """The state to go on from, or None; the folder's own last.pt goes before --resume. It must be of the same run."""
-    path = output / "last.pt"
-    if not path.exists():
-        if (output / "log.jsonl").stat().st_size:
-            raise UserError(f"{output}: log.jsonl has the epochs of a run whose last.pt is gone; move it away or choose another "
-                            "--output-dir")
-        if resume is None:
-            return None
-        path = Path(resume)
-        path = path / "last.pt" if path.is_dir() else path
-    state = models.read_checkpoint(path)
-    if not isinstance(state, dict) or not {"optimizer", "args", "row"} <= state.keys():
-        raise UserError(f"{path}: not the last.pt of a run, and only that can be continued; --pretrain takes weights")
-    theirs = state["args"]
-    different = [f"{key.replace('_', '-')} was {theirs.get(key)}, now {settings.get(key)}"
-                 for key in settings | theirs if theirs.get(key) != settings.get(key)]
-    if different:
-        raise UserError(f"{path}: is of another run: {'; '.join(different)}. Choose another --output-dir for a new run, "
-                        "or give the same flags to continue")
-    if path.parent != output:           # --resume: the run goes on here, and this folder is complete before it has a last.pt
-        if (file := path.with_name("best.pt")).exists():
-            models.write_file(output / "best.pt", [file.read_bytes()])
-        models.write_file(output / "last.pt", [path.read_bytes()])
-    return state
-
-
-def share_buffers(model):
-    """Each process updated its BatchNorm statistics in its last pass: all take those of process 0, which saves its own."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def peak_memory(device):
-    """GiB: held by tensors on the GPU, else resident in this process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     args = arguments(argv)
     processes = data.start(args.device)
     rank, world, device = processes.rank, processes.world, processes.device
-    say = print if rank == 0 else lambda *_: None
+    report = print if rank == 0 else lambda *_: None
     if args.sync_bn and device.type != "cuda":
         raise UserError("--sync-bn: PyTorch has it for CUDA only; leave it out on the CPU")
 
-    # data and model
+    # The data, and from its size the length of the run.
     train_set, val_set = load_datasets(args)
-    loader = data.train_loader(train_set, args.batch_size, processes, args.seed, args.workers, args.repeats)
-    batch, steps_per_epoch = args.batch_size * world * args.accum, len(loader) // args.accum
+    loader = data.train_loader(train_set, args.batch_size, processes, args.seed, args.workers,
+                               args.repeats)
+    batch = args.batch_size * world * args.accum
+    steps_per_epoch = len(loader) // args.accum
     if steps_per_epoch == 0:
-        raise UserError(f"--accum {args.accum}: {len(train_set)} images do not fill one effective batch of {batch}; use less")
+        raise UserError(f"--accum {args.accum}: {len(train_set)} images do not fill one effective "
+                        f"batch of {batch}; use less")
     steps = args.epochs * steps_per_epoch
     warmup = min(1500, steps // 20) if args.warmup is None else args.warmup
     args.lr = args.lr or 5e-4 * batch / 512
-    torch.manual_seed(args.seed)
-    model = models.build(args.model, "cls", train_set.num_classes, args.drop_path, **models.slots_from(args))
 
-    # the folder, and what it holds already: process 0 reads for all, which may be on machines that do not see the folder
+    # The model starts from the same weights in every process.
+    torch.manual_seed(args.seed)
+    model = models.build(args.model, "cls", train_set.num_classes, args.drop_path,
+                         **models.slots_from(args))
+
+    # The run's folder, and the state in it to go on from. Process 0 reads for all:
+    # the others may be on machines that do not see the folder.
     name = Path(args.data_path).resolve().name if args.data_path else "shapes"
     output = Path(args.output_dir or f"runs/cls-{model.spec}-{name}")
-    settings = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE | models.SLOTS.keys()}
-    settings |= dict(data_path=args.data_path and name, pretrain=args.pretrain and Path(args.pretrain).name,    # may have moved
-                     model=str(model.spec), effective_batch=batch, warmup=warmup, images=len(train_set),
-                     classes=train_set.num_classes)
-    log = open_log(output) if rank == 0 else None
-    found = [find_state(output, args.resume, settings) if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(found)
-    state = found[0]
+    settings = {key: value for key, value in vars(args).items()
+                if key not in MAY_CHANGE | models.SLOTS.keys()}
+    settings |= dict(data_path=args.data_path and name,
+                     pretrain=args.pretrain and Path(args.pretrain).name,
+                     model=str(model.spec), effective_batch=batch, warmup=warmup,
+                     images=len(train_set), classes=train_set.num_classes)
+    state = None
+    if rank == 0:
+        lock = models.lock_folder(output)       # held for as long as this variable lives
+        state = models.find_state(output, args.resume, settings)
+    state = data.broadcast(state)
 
-    # training state
+    # Weights, optimizer, scaler and moving average: fresh, or as the state has them.
     if state is None and args.pretrain:
-        say(models.load_pretrained(model, args.pretrain))
+        report(models.load_pretrained(model, args.pretrain))
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True) if args.ema else None
-    optimizer = torch.optim.AdamW(models.parameter_groups(model, args.lr, args.weight_decay, head_lr_factor=1.0), fused=True)
+    average = copy.deepcopy(model) if args.ema else None
+    groups = models.parameter_groups(model, args.lr, args.weight_decay, head_lr_factor=1.0)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    first_epoch, best, seconds = 0, {"epoch": 0, "top1": -1.0}, 0.0
+    rows, best, seconds = [], {"epoch": 0, "top1": -1.0}, 0.0
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        if ema:
-            ema.module.load_state_dict(state["ema"])
-            ema.n_averaged.fill_(state["step"])
-        first_epoch, best, seconds = state["epoch"], state["best"], state["seconds"]
-        if rank == 0:
-            append(log, state["row"])
+        if average:
+            average.load_state_dict(state["ema"])
+        rows, best, seconds = state["rows"], state["best"], state["seconds"]
+    del state
     net = torch.compile(model) if args.compile else model
     if world > 1:
-        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 kernels, where several strides say the same
+        # A 1x1 kernel can be described by several strides, which DDP warns of for no reason.
+        warnings.filterwarnings("ignore", "Grad strides do not match")
         net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
-    say(f"{model.spec}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {train_set.num_classes} classes; "
-        f"{len(train_set)} images to train on, {len(val_set)} to validate on; {device.type}\n"
-        f"effective batch {batch} = {args.batch_size} images x {world} processes x {args.accum} passes; {args.epochs} epochs "
-        f"of {steps_per_epoch} steps, {warmup} of warm-up; output: {output}")
+
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    report(f"{model.spec}, {parameters:.2f} M parameters, {train_set.num_classes} classes; "
+           f"{len(train_set)} images to train on, {len(val_set)} to validate on; {device.type}\n"
+           f"effective batch {batch} = {args.batch_size} images x {world} processes x "
+           f"{args.accum} passes; {args.epochs} epochs of {steps_per_epoch} steps, "
+           f"{warmup} of warm-up; output: {output}")
+    first_epoch = len(rows)
     if 0 < first_epoch < args.epochs:
-        say(f"continuing after epoch {first_epoch}; best top-1 so far {best['top1']:.2f} %")
+        report(f"continuing after epoch {first_epoch}; best top-1 so far {best['top1']:.2f} %")
 
     for epoch in range(first_epoch, args.epochs):
-        # Dropout, drop-path etc. of an epoch depend on (seed, epoch, rank) alone: there is no random state to save.
+        # Order and augmentation depend on (seed, epoch) alone, dropout and drop-path on
+        # (seed, epoch, rank): there is no random state to save.
         torch.manual_seed((args.seed * 10_000 + epoch) * 10_000 + rank)
         data.set_epoch(loader, epoch)
+        batches = iter(loader)
         model.train()
-        start, losses, batches = time.time(), [], iter(loader)
-        bar = tqdm(range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch), f"epoch {epoch + 1}/{args.epochs}",
-                   disable=rank > 0, leave=False)
+        start, losses = time.time(), []
+        bar = data.progress(range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch),
+                            f"epoch {epoch + 1}/{args.epochs}", rank)
         for step in bar:
+            # Set the learning rate of this step.
             lr = learning_rate(step, steps, warmup, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
 
-            # forward, backward: the loss is the mean over the images of all passes of all processes
+            # Forward and backward, pass by pass; the gradients add up in the parameters. The loss
+            # is the mean over the images of all passes and processes.
             loss = torch.zeros((), device=device)
             for i in range(args.accum):
                 images, labels = next(batches)
                 images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-                images, targets = data.mixup_cutmix(images, labels.to(device, non_blocking=True), train_set.num_classes,
-                                                    (args.seed, step, i, rank), args.mixup, args.cutmix, args.smoothing)
-                last = world == 1 or i == args.accum - 1        # gradients are exchanged once a step
-                with contextlib.nullcontext() if last else net.no_sync():
+                labels = labels.to(device, non_blocking=True)
+                images, targets = data.mixup_cutmix(
+                    images, labels, train_set.num_classes, (args.seed, step, i, rank),
+                    args.mixup, args.cutmix, args.smoothing)
+                # The processes exchange gradients once a step, in the last pass.
+                waits = world > 1 and i < args.accum - 1
+                with net.no_sync() if waits else contextlib.nullcontext():
                     with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                         logits = net(images)
-                    part = F.cross_entropy(logits.float(), targets) / args.accum
-                    scaler.scale(part).backward()
-                loss += part.detach() / world                   # DDP divides the gradients by world
+                    pass_loss = F.cross_entropy(logits.float(), targets) / args.accum
+                    scaler.scale(pass_loss).backward()
+                # DDP averages the gradients over the processes, and this the loss.
+                loss += pass_loss.detach() / world
             if world > 1:
                 dist.all_reduce(loss)
 
-            # update, unless something is not finite: all processes see the same two numbers, so all of them stop
+            # Undo the scaler's factor and limit the norm of the whole gradient.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            skip = scaler.is_enabled() and scaler.get_scale() > 1e-4    # fp16: the scaler skips a step, halves its scale
-            if not (loss.isfinite() and (norm.isfinite() or skip)):
-                raise UserError(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g} at lr {lr:.3g}; stopped before the "
-                                f"update, {output} keeps epoch {epoch}. Try a lower --lr, --clip 1 or --amp bf16")
+
+            # Stop before the update if something is not finite. All processes see the same two
+            # numbers, so all of them stop. In fp16 an infinite gradient is no error at first:
+            # the scaler skips the update and halves its factor.
+            scaler_skips = scaler.is_enabled() and scaler.get_scale() > 1e-4
+            if not (loss.isfinite() and (norm.isfinite() or scaler_skips)):
+                raise UserError(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g} at lr "
+                                f"{lr:.3g}; stopped before the update, {output} keeps epoch "
+                                f"{epoch}. Try a lower --lr, --clip 1 or --amp bf16")
+
+            # Update the weights, and the moving average of them.
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            if ema:
-                ema.update_parameters(model)
+            if average:
+                models.update_average(average, model, args.ema, step)
             losses.append(loss.item())
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{lr:.1e}")
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{lr:.1e}", refresh=False)
         speed = len(losses) * batch / (time.time() - start)
 
-        # validation, on all processes
-        evaluated = (ema.module if ema else model).eval()
-        share_buffers(model)
-        share_buffers(evaluated)
+        # Validate on all processes, each on its share of the images. Each process has updated
+        # its BatchNorm statistics by its own batches: all take those of process 0.
+        evaluated = (average if average else model).eval()
+        data.share_buffers(model)
+        data.share_buffers(evaluated)
         metrics = evaluate_cls(evaluated, val_set, processes, args.batch_size, args.workers)
-        improved = metrics["top1"] > best["top1"]
+        improved = metrics["top1"] > best["mIoU"]
         if improved:
             best = {"epoch": epoch + 1, "top1": metrics["top1"]}
-        seconds += time.time() - start
-        row = {"epoch": epoch + 1, "step": step + 1, "lr": lr, "loss": math.fsum(losses) / len(losses), **metrics,
-               "seconds": time.time() - start, "images_per_second": speed, "peak_memory_gib": peak_memory(device)}
-        say(f"epoch {epoch + 1}/{args.epochs}: loss {row['loss']:.4f}, top-1 {metrics['top1']:.2f} %{' (best)' * improved}, "
-            f"{row['seconds']:.0f} s")
+        duration = time.time() - start
+        seconds += duration
+        rows.append({"epoch": epoch + 1, "step": step + 1, "lr": lr,
+                     "loss": math.fsum(losses) / len(losses), **metrics, "seconds": duration,
+                     "images_per_second": speed, "peak_memory_gib": data.peak_memory(device)})
+        note = " (best)" if improved else ""
+        report(f"epoch {epoch + 1}/{args.epochs}: loss {rows[-1]['loss']:.4f}, "
+               f"top-1 {metrics['top1']:.2f} %{note}, {duration:.0f} s")
 
-        # files: last.pt closes the epoch, so it comes after best.pt; an epoch cut short is run again, with the same bits
+        # Write the files. last.pt closes the epoch, so it comes after best.pt; an epoch that was
+        # cut short is run again, with the same bits.
         if rank == 0:
-            weights = {"spec": models.describe(model), "model": model.state_dict(), "ema": ema and ema.module.state_dict(),
+            weights = {"spec": models.describe(model), "model": model.state_dict(),
+                       "ema": average and average.state_dict(),
                        "classes": list(val_set.classes), "args": settings,
                        "epoch": epoch + 1, "best": best}
             if improved:
                 models.save_checkpoint(output / "best.pt", weights)
             models.save_checkpoint(output / "last.pt", weights | {
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step + 1, "seconds": seconds,
-                "row": row})
-            append(log, row)
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "step": step + 1, "seconds": seconds, "rows": rows})
+            models.write_log(output, rows)
 
-    done = "complete" if first_epoch < args.epochs else "complete already (a new run needs another --output-dir)"
-    say(f"{done}: best top-1 {best['top1']:.2f} % after epoch {best['epoch']} of {args.epochs}, {seconds:.0f} s; "
-        f"{output}: last.pt best.pt log.jsonl")
+    done = "complete"
+    if first_epoch == args.epochs:
+        done = "complete already (a new run needs another --output-dir)"
+    report(f"{done}: best top-1 {best['top1']:.2f} % after epoch {best['epoch']} of {args.epochs}, "
+           f"{seconds:.0f} s; {output}: last.pt best.pt log.jsonl")
 
 
 if __name__ == "__main__":
