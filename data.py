@@ -288,6 +288,7 @@ def run(main):
     """
     STOP.signum, STOP.process = 0, os.getpid()
     handlers = handle(STOP)
+    sys.stdout.reconfigure(errors="backslashreplace")    # class names that it cannot print
     warnings.filterwarnings("ignore", module="PIL")    # they name no file; what is bad raises
     if under_torchrun():
         threading.Thread(target=_watch, args=[os.getppid()], daemon=True).start()

@@ -21,7 +21,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as TF
-from tqdm import tqdm
 
 import data
 import layers
@@ -232,7 +231,7 @@ def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
     matrix, flags, paths = ConfusionMatrix(model.num_classes, device), [], []
     criterion = layers.UpsampledCrossEntropy(data.IGNORED)
     loader = data.eval_loader(dataset, batch_size, processes, workers)
-    for items in tqdm(loader, "evaluating", leave=False, disable=processes.rank > 0):
+    for items in data.progress(loader, "evaluating", processes.rank):
         groups = {}         # images of one size go together: padding would change the result
         for item in items:
             groups.setdefault(item[0].shape, []).append(item)
@@ -263,7 +262,7 @@ def evaluate_cls(model, dataset, processes, batch_size, workers, amp="off"):
     sums = torch.zeros(4, dtype=torch.float64, device=device)   # hits, hits in five, loss, images
     flags = []
     loader = data.eval_loader(dataset, batch_size, processes, workers)
-    for items in tqdm(loader, "evaluating", leave=False, disable=processes.rank > 0):
+    for items in data.progress(loader, "evaluating", processes.rank):
         images, labels = zip(*items)
         images = stacked(images, device).contiguous(memory_format=torch.channels_last)
         labels = torch.tensor(labels, device=device)
@@ -344,7 +343,7 @@ def save_pictures(model, args, processes, protocol, names, colors, first_id):
     palette[first_id:first_id + len(colors)] = colors
     bad = []
     share = list(files.items())[processes.rank::processes.world]
-    for name, path in tqdm(share, "drawing", disable=processes.rank > 0):
+    for name, path in data.progress(share, "drawing", processes.rank):
         try:
             with data.opened(path) as image:
                 pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))

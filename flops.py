@@ -23,7 +23,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import data
 import layers
@@ -151,7 +150,7 @@ def latency(cases, args):
     The cases take turns, so that a machine that slows down for a while slows down all of them.
     """
     seconds = {name: [] for name in cases}
-    for _ in tqdm(range(args.latency + max(2, args.latency // 5)), "timing", leave=False):
+    for _ in data.progress(range(args.latency + max(2, args.latency // 5)), "timing"):
         for name, run in cases.items():
             start = time.perf_counter()
             run()
@@ -165,21 +164,20 @@ def latency(cases, args):
 
 
 def timed(cases, args, device):
-    """{name: (spec, size)} -> {name: latency's figures}.
+    """{name: (spec, size)} -> {name: latency's figures}; several models take turns.
 
-    Several models take turns. Sizes run one after another from the smallest on, each with the peak
-    memory in GiB until then: of tensors on a GPU, on the CPU all that the process held.
+    One model runs at its sizes one by one, from the smallest on, so that the peak memory in GiB is
+    known: of tensors on a GPU, on the CPU all that the process held.
     """
-    def ready(spec, size):
-        return prepare(models.build(spec.name, args.task, args.num_classes, **spec.overrides), size,
-                       args, device)
-    if not args.sizes:
-        return latency({name: ready(*case) for name, case in cases.items()}, args)
+    runs = {}
+    for name, (spec, size) in cases.items():
+        model = models.build(spec.name, args.task, args.num_classes, **spec.overrides)
+        runs[name] = partial(prepare, model, size, args, device)
+    if args.all or args.rows:
+        return latency({name: run() for name, run in runs.items()}, args)
     table = {}
-    for name, case in cases.items():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        table |= latency({name: ready(*case)}, args)
+    for name, run in runs.items():
+        table |= latency({name: run()}, args)
         table[name]["peak_memory_gib"] = data.peak_memory(device)
     return table
 
@@ -207,7 +205,7 @@ def print_parts(name, counted):
 
 
 def print_comparison(table, base):
-    """A line a model: parameters and MACs, with their change from the baseline, and MACs by part."""
+    """A line a model: parameters and MACs, with their change from the baseline; MACs by part."""
     parts = [part for counted in table.values() for part, (_, macs) in counted.by_part().items()
              if macs]
     parts = list(dict.fromkeys(parts))              # each once, in the order of their first use
@@ -230,19 +228,18 @@ def print_times(table, counts, args, device):
         device = torch.cuda.get_device_name(device)
         if args.amp == "off" and torch.get_float32_matmul_precision() != "highest":
             precision += " (TF32 products)"
-    compiled = ", compiled" if args.compile else ""
-    print(f"inference form (BatchNorm folded, decoder merged{compiled}), channels_last, {precision}, "
-          f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; batch "
-          f"{args.batch_size}, medians of {args.latency} runs in turn")
+    form = "compiled" if args.compile else "not compiled"
+    print("\ninference form (BatchNorm folded, decoder merged), "
+          f"{form}, channels_last, {precision}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch "
+          f"{args.batch_size}: medians of {args.latency} runs")
     width = max(map(len, table)) + 2
-    print(f"{'':<{width}}{'params M':>10}{'GMAC':>10}{'ms':>10}{'quartiles':>20}{'images/s':>10}"
-          f"{'peak GiB':>10}")
+    print(f"{'':<{width}}{'params M':>10}{'GMAC':>10}{'ms':>10}{'quartiles':>18}{'images/s':>10}"
+          "  peak GiB")
     for name, row in table.items():
         low, high = row["quartiles_ms"]
-        memory = row.get("peak_memory_gib", "")
         print(f"{name:<{width}}{counts[name].params / 1e6:>10.3f}{counts[name].macs / 1e9:>10.3f}"
-              f"{row['median_ms']:>10.1f}{f'{low:.1f}..{high:.1f}':>20}"
-              f"{row['images_per_second']:>10.2f}{memory:>10}")
+              f"{row['median_ms']:>10.1f}{f'{low:.1f}..{high:.1f}':>18}"
+              f"{row['images_per_second']:>10.2f}{row.get('peak_memory_gib', '-'):>10}")
 
 
 # ---- python flops.py -----------------------------------------------------------------------------
@@ -329,7 +326,7 @@ def main(argv=None):
         return count(models.fuse(model) if args.fused else model, size)
 
     cases = cases_of(args)
-    counts = {name: counted(*case) for name, case in tqdm(cases.items(), "counting", leave=False)}
+    counts = {name: counted(*case) for name, case in data.progress(cases.items(), "counting")}
     results = [figures(*case, args, counts[name]) for name, case in cases.items()]
     first, single = next(iter(counts.values())), not (args.all or args.rows or args.sizes)
     if single:
@@ -337,8 +334,8 @@ def main(argv=None):
     if args.json != "-":
         size = "each size" if args.sizes else "{} x {} (H x W)".format(*args.size)
         fused = ", fused for inference" if args.fused else ""
-        print(f"one image of {size}, task {args.task}, {args.num_classes} classes{fused}; 1 MAC = a "
-              "multiply-add of conv, linear or matmul; FLOPs = 2 MACs")
+        print(f"one image of {size}, task {args.task}, {args.num_classes} classes{fused}; 1 MAC = "
+              "a multiply-add of conv, linear or matmul; FLOPs = 2 MACs")
         if single:
             print_parts(results[0]["model"], first)
         else:
