@@ -192,49 +192,63 @@ def resize(x, size):
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
-# Elements of an up-sampled map held at once: what a CPU's cache holds; enough for a GPU to do.
-STRIP = {"cpu": 2 ** 20, "cuda": 2 ** 25}
+# Of an up-sampled map held at once: elements (a CPU's cache; enough for a GPU to do), and rows (the
+# more rows, the more zeros in the matrix that interpolates them).
+STRIP = {"cpu": (2 ** 20, 16), "cuda": (2 ** 26, 256)}
 
 
-def _strips(height, row_size, device):
-    """Pairs [start, stop) of output rows; of shapes and device alone, so that runs repeat."""
-    rows = max(1, STRIP.get(device.type, STRIP["cpu"]) // row_size)
-    return [(y, min(y + rows, height)) for y in range(0, height, rows)]
+def strips(shape, device):
+    """Cut an up-sampled map (B, K, H, W) into pieces that fit STRIP: some rows of some images.
+
+    Yields (images, rows), slices; a function of shapes and device alone, so that runs repeat.
+    """
+    batch, channels, height, width = shape
+    elements, most = STRIP.get(device.type, STRIP["cpu"])
+    rows = min(max(1, elements // (channels * width)), most, height)
+    images = max(1, elements // (rows * channels * width))
+    for b in range(0, batch, images):
+        for y in range(0, height, rows):
+            yield slice(b, b + images), slice(y, min(y + rows, height))
 
 
-def _rows(start, stop, height, like):
-    """The vertical half of a bilinear resize to `height`: (first, last + 1 source row, matrix).
+def bilinear_matrix(size, like):
+    """One direction of a bilinear resize from h to `size` pixels, a matrix (size, h), h the height
+    of `like`; made on its device, as each copy from the host would make a GPU wait."""
+    h = like.shape[2]
+    at = torch.arange(size, dtype=torch.float64, device=like.device)
+    at = ((at + 0.5) * (h / size) - 0.5).clamp(0, h - 1)
+    return (1 - (at[:, None] - torch.arange(h, device=like.device)).abs()).clamp(min=0).to(like)
+
+
+def source_rows(rows, height, h):
+    """The rows, of h, that a bilinear resize to `height` reads for its output's `rows`; slices."""
+    first = int(max((rows.start + 0.5) * h / height - 0.5, 0))
+    return slice(first, min(int((rows.stop - 0.5) * h / height - 0.5) + 2, h))
+
+
+def upsample_strip(x, rows, size, vertical):
+    """The given rows of the resize of x (B, K, h, w) to `size`: (B, rows, W, K).
 
     Bilinear weights are products of a vertical and a horizontal one. The vertical half is a matrix
-    product here, because a strip is a choice of its rows, which F.interpolate cannot make; the
-    horizontal half is the same for all rows and stays F.interpolate's.
-    matrix (rows, sources), in the type and on the device of `like`.
+    product here, with rows of `vertical` = bilinear_matrix(H, x): F.interpolate cannot choose rows.
     """
-    h = like.shape[2]
-    first = int(max((start + 0.5) * h / height - 0.5, 0))
-    last = min(int((stop - 0.5) * h / height - 0.5) + 2, h)
-    row = torch.arange(start, stop, dtype=torch.float64)
-    source = ((row + 0.5) * (h / height) - 0.5).clamp(0, h - 1)
-    weights = (1 - (source[:, None] - torch.arange(first, last)).abs()).clamp(min=0)
-    return first, last, weights.to(like)
+    sources = source_rows(rows, size[0], x.shape[2])
+    x = x[:, :, sources]
+    wide = resize(x, (x.shape[2], size[1])).permute(0, 2, 3, 1)     # (B, sources, W, K)
+    return (vertical[rows, sources] @ wide.flatten(2)).unflatten(2, wide.shape[2:])
 
 
-def _upsample_strip(logits, start, stop, size):
-    """Rows [start, stop) of the resize of logits (B, K, h, w) to `size`: (B, rows, W, K)."""
-    first, last, vertical = _rows(start, stop, size[0], logits)
-    wide = resize(logits[:, :, first:last], (last - first, size[1]))
-    wide = wide.permute(0, 2, 3, 1)                                 # (B, sources, W, K)
-    return (vertical @ wide.flatten(2)).unflatten(2, wide.shape[2:])
-
-
-def _downsample_strip(grad, start, stop, height, like):
-    """The gradient of _upsample_strip: grad (B, rows, W, K) -> (first, last + 1 row of the logits,
-    their gradient (B, K, sources, w))."""
-    first, last, vertical = _rows(start, stop, height, like)
-    wide = (vertical.T @ grad.flatten(2)).unflatten(2, grad.shape[2:]).permute(0, 3, 1, 2)
-    shape = (*like.shape[:2], last - first, like.shape[3])
-    narrow = torch.ops.aten.upsample_bilinear2d_backward(wide, wide.shape[2:], shape, False)
-    return first, last, narrow
+def downsample_strip(grad, rows, vertical, like):
+    """The gradient of upsample_strip, grad (B, rows, W, K) -> (sources, (B, K, sources, w))."""
+    batch, _, width, classes = grad.shape
+    sources = source_rows(rows, *vertical.shape)
+    wide = (vertical[rows, sources].T @ grad.flatten(2)).unflatten(2, (width, classes))
+    if torch.are_deterministic_algorithms_enabled():                # a GPU's operator is not
+        horizontal = bilinear_matrix(width, like.mT)
+        return sources, (horizontal.T @ wide).permute(0, 3, 1, 2)
+    wide = wide.permute(0, 3, 1, 2)
+    shape = (batch, classes, wide.shape[2], like.shape[3])
+    return sources, torch.ops.aten.upsample_bilinear2d_backward(wide, wide.shape[2:], shape, False)
 
 
 # ---- Embeddings: between the stages, the only places where the resolution falls ------------------
@@ -1010,14 +1024,21 @@ class MergedMlpHead(nn.Module):
     def forward(self, maps):
         finest, size = maps[0], maps[0].shape[2:]
         coarse = [level(y) for level, y in zip(self.levels[1:], maps[1:])]
-        row = len(finest) * self.classifier.in_channels * size[1]
-        out = []
-        for start, stop in _strips(size[0], row, finest.device):
-            x = self.levels[0](finest[:, :, start:stop])
+        if torch.compiler.is_compiling():       # strips would fix the sizes of an exported graph
+            x = self.levels[0](finest)
             for y in coarse:
-                x += _upsample_strip(y, start, stop, size).permute(0, 3, 1, 2)
-            out.append(self.classifier(self.act(x)))
-        return torch.cat(out, 2)
+                x = x + resize(y, size)
+            return self.classifier(self.act(x))
+        verticals = [bilinear_matrix(size[0], y) for y in coarse]
+        out = finest.new_empty(len(finest), self.classifier.out_channels, *size)
+        out = out.to(memory_format=torch.channels_last)
+        shape = (len(finest), self.classifier.in_channels, *size)
+        for images, rows in strips(shape, finest.device):
+            x = self.levels[0](finest[images, :, rows])
+            for y, vertical in zip(coarse, verticals):
+                x += upsample_strip(y[images], rows, size, vertical).permute(0, 3, 1, 2)
+            out[images, :, rows] = self.classifier(self.act(x))
+        return out
 
 
 class NMF(nn.Module):
@@ -1361,26 +1382,28 @@ class _CrossEntropy(torch.autograd.Function):
     """Loss and gradient in one pass: soft-max minus one-hot is at hand where the loss is."""
 
     @staticmethod
-    def forward(ctx, logits, labels, count, ignore_index):
+    def forward(ctx, logits, labels, count, weight, ignore_index):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         x = logits.to(dtype, memory_format=torch.channels_last)
         size = labels.shape[1:]
+        vertical = bilinear_matrix(size[0], x)
         grad = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         total = x.new_zeros(())
-        for start, stop in _strips(size[0], x.shape[0] * x.shape[1] * size[1], x.device):
-            z = _upsample_strip(x, start, stop, size)               # (B, rows, W, K)
-            label = labels[:, start:stop, :, None]
-            valid = label != ignore_index
-            label = label.long().masked_fill(~valid, 0)
+        for images, rows in strips((*x.shape[:2], *size), x.device):
+            z = upsample_strip(x[images], rows, size, vertical)     # (b, rows, W, K)
+            label = labels[images, rows, :, None].long()
+            labelled = label != ignore_index
+            label = label.masked_fill(~labelled, 0)
+            share = labelled.to(dtype) if weight is None else labelled * weight[label]
             z -= z.amax(-1, keepdim=True)
             picked = z.gather(-1, label)
             norm = z.exp_().sum(-1, keepdim=True)
-            total += ((norm.log() - picked) * valid).sum()
+            total += ((norm.log() - picked) * share).sum()
             if grad is not None:
-                z *= valid / norm
-                z.scatter_add_(-1, label, -valid.to(dtype))         # soft-max minus one-hot
-                first, last, part = _downsample_strip(z, start, stop, size[0], x)
-                grad[:, :, first:last] += part
+                z *= share / norm
+                z.scatter_add_(-1, label, -share)                   # soft-max minus one-hot
+                sources, part = downsample_strip(z, rows, vertical, x)
+                grad[images, :, sources] += part
         ctx.save_for_backward(grad, count)
         ctx.dtype = logits.dtype
         return total / count
@@ -1388,33 +1411,44 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grad, count = ctx.saved_tensors
-        return (grad * (grad_output / count)).to(ctx.dtype), None, None, None
+        return (grad * (grad_output / count)).to(ctx.dtype), None, None, None, None
 
 
 class UpsampledCrossEntropy(nn.Module):
     """Cross entropy of bilinearly up-sampled logits, without the up-sampled logits.
 
-    Equals F.cross_entropy(F.interpolate(logits, labels.shape[1:], mode="bilinear"), labels,
-    ignore_index=...), whose mean is over the labelled pixels; value and gradient are computed strip
-    by strip in O(strip) memory. The logits come to the labels and not the labels to the logits:
-    between two classes there is no third, and nearest labels lose what is thin.
+    Equals F.cross_entropy(F.interpolate(logits, labels.shape[1:], mode="bilinear"), labels, weight,
+    ignore_index=...), a mean over the labelled pixels, each with its class's weight (K,); value and
+    gradient are computed strip by strip in O(strip) memory. The logits come to the labels and not
+    the labels to the logits: between two classes there is no third, and nearest labels lose what is
+    thin.
     """
 
-    def __init__(self, ignore_index=255):
+    def __init__(self, ignore_index=255, weight=None):
         super().__init__()
         self.ignore_index = ignore_index
+        self.register_buffer("weight", weight, persistent=False)
+
+    def count(self, labels):
+        """The divisor of the mean: labelled pixels, or the sum of their weights; a scalar on the
+        labels' device, to be summed over processes and accumulated batches."""
+        labelled = labels != self.ignore_index
+        if self.weight is None:
+            return labelled.count_nonzero().double()
+        weights = self.weight[labels.long().masked_fill(~labelled, 0)]
+        return (labelled * weights).sum(dtype=torch.float64)
 
     def forward(self, logits, labels, count=None):
-        """logits (B, K, h, w), labels (B, H, W) integers -> scalar.
+        """logits (B, K, h, w), integer labels (B, H, W) -> scalar; nothing labelled: 0, gradient 0.
 
-        count: divide by this number of pixels instead of the labelled ones of this batch (for a
-        mean over several processes or accumulated batches). Nothing labelled: 0, gradient 0.
+        count: the divisor, where it is not that of these labels alone.
         """
-        if count is None:
-            count = (labels != self.ignore_index).sum()
-        count = torch.as_tensor(count, device=logits.device).clamp(min=1)
+        count = torch.as_tensor(self.count(labels) if count is None else count)
+        count = count.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
+        count = count + (count == 0)
+        weight = None if self.weight is None else self.weight.to(count)
         with full_precision(logits):
-            return _CrossEntropy.apply(logits, labels, count, self.ignore_index)
+            return _CrossEntropy.apply(logits, labels, count, weight, self.ignore_index)
 
 
 def upsampled_argmax(views, size):
@@ -1426,14 +1460,14 @@ def upsampled_argmax(views, size):
     """
     dtype = torch.promote_types(views[0].dtype, torch.float32)
     views = [v.to(dtype, memory_format=torch.channels_last) for v in views]
-    batch, classes = views[0].shape[:2]
-    out = []
-    for start, stop in _strips(size[0], batch * classes * size[1], views[0].device):
-        with full_precision(views[0]):
-            scores = [_upsample_strip(v, start, stop, size) for v in views]
-        if len(scores) == 1:
-            score, = scores
-        else:
+    shape = (*views[0].shape[:2], *size)
+    verticals = [bilinear_matrix(size[0], v) for v in views]
+    out = views[0].new_empty((shape[0], *size), dtype=torch.long)
+    for images, rows in strips(shape, out.device):
+        with full_precision(out):
+            scores = [upsample_strip(v[images], rows, size, m) for v, m in zip(views, verticals)]
+        score = scores[0]
+        if len(scores) > 1:
             score = sum(z.softmax(-1) for z in scores)
-        out.append(score.argmax(-1))
-    return torch.cat(out, 1)
+        out[images, rows] = score.argmax(-1)
+    return out
