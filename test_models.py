@@ -1121,7 +1121,8 @@ def small(case, task="seg"):
         few |= dict(dims=(32, 128, 128, 128), depths=(1, 2, 2, 2), groups=(0, 2, 2, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.SIZES, models.MODELS[name].size, replace(size, **few))
-        patch.setattr(models, "DECODER_WIDTH", dict.fromkeys(models.DECODER_WIDTH, 128))
+        for head in layers.HEAD.values():
+            patch.setattr(head, "width", head.width and 128)
         torch.manual_seed(0)
         model = models.build(name, task, num_classes=5, **slots)
     return randomise(model).eval()
