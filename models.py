@@ -557,6 +557,17 @@ count = bounded(int, lambda v: v >= 0, "must be a whole number, at least 0")
 share = bounded(float, lambda v: 0 <= v < 1, "must be a number, at least 0 and below 1")
 
 
+def no_effect(args, why, names):
+    """A flag that would change nothing is an error: its user believes that it does.
+
+    args.defaults: {name: value} of all flags; names: those without effect, separated by blanks.
+    """
+    given = ["--" + name.replace("_", "-") for name in names.split()
+             if getattr(args, name) != args.defaults[name]]
+    if given:
+        raise UserError(f"{' '.join(given)}: no effect {why}; leave it out")
+
+
 def add_model_arguments(parser, default="segformer_b2"):
     """The flags --model, --embed, --attn, --ffn, --norm, --skip, --head."""
     parser.add_argument("--model", default=default,
