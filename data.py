@@ -198,10 +198,18 @@ def keep_memory(keep=True):
         mallopt(M_TRIM_THRESHOLD, -1 if keep else 2 ** 17)    # -1: the largest
 
 
-def deterministic():
-    """Make CUDA's sums come out the same each time, at some cost; the CPU's do anyway."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+def tune(device, deterministic):
+    """What a training script sets for its whole process.
+
+    deterministic: CUDA's sums come out the same each time, at some cost; the CPU's do anyway.
+    """
+    if device.type == "cpu":
+        keep_memory()
+    elif deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    else:
+        torch.backends.cudnn.benchmark = True      # tries all algorithms on the first batch
 
 
 # ---- Stopping and failing ------------------------------------------------------------------------
@@ -446,6 +454,14 @@ def set_epoch(loader, epoch, start=0):
     """
     loader.sampler.epoch, loader.sampler.start = epoch, start * loader.batch_size
     loader.dataset.set_epoch(epoch)
+
+
+def take(batches, count, device):
+    """The next `count` batches, on their way to the device. -> list of lists of tensors"""
+    taken = []
+    for _ in range(count):
+        taken.append([part.to(device, non_blocking=True) for part in next(batches)])
+    return taken
 
 
 def progress(iterable, title, rank=0, total=None):
@@ -911,6 +927,25 @@ def _texture(rng, x, y, kind, color=None):
     else:
         mix = 0.6 * (rng.random(x.shape) < 0.25)
     return color + (other - color) * mix[..., None]
+
+
+class LargestShape(EpochDataset):
+    """Shapes for classification: which kind of shape covers the most pixels?"""
+    classes = Shapes.classes[2:]       # without the two grounds
+    num_classes = len(classes)
+
+    def __init__(self, split, size=None, seed=0):
+        self.shapes = Shapes(split, size, seed)
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def __getitem__(self, key):
+        image, labels, *_ = self.shapes[key]
+        counts = labels.flatten().bincount(minlength=256)[2:2 + self.num_classes]
+        if not image.is_floating_point():
+            image = normalise(image)
+        return image, int(counts.argmax())
 
 
 # ---- Classification data -------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ weights, holds the names that other projects give to the same tensors.
 import argparse
 import contextlib
 import copy
+import datetime
 import fcntl
 import io
 import itertools
@@ -24,6 +25,7 @@ import pathlib
 import re
 import socket
 import stat
+import textwrap
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -504,21 +506,6 @@ def parameter_groups(model, lr, weight_decay, head_lr_factor=10.0):
     return out
 
 
-@torch.no_grad()
-def update_average(average, model, decay, step):
-    """Move a model's running average, buffers too, one step on: mean = d mean + (1 - d) value.
-
-    d = min(decay, (1 + step) / (10 + step)) begins small, so that a short run's average is not
-    that of its first, random weights.
-    """
-    decay = min(decay, (1 + step) / (10 + step))
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
-    floats = [pair for pair in pairs if pair[0].is_floating_point()]
-    get_ema_multi_avg_fn(decay)(*map(list, zip(*floats)), None)
-    for mean, value in pairs:
-        if not mean.is_floating_point():
-            mean.copy_(value)
-
 
 def fuse(model):
     """An inference copy with the same outputs: the BatchNorm of each ConvNorm folded into its
@@ -887,6 +874,153 @@ def tolerated(path):
         yield
     except Exception as error:
         print(f"note: {path} is not written ({str(error).strip().partition(chr(10))[0]})")
+
+
+# --------------------------------------------------------------------------------------------------
+# What both training scripts do in the same way
+# --------------------------------------------------------------------------------------------------
+
+# The same run may go on with other values of these, as long as the effective batch stays.
+MAY_CHANGE = {"output_dir", "resume", "device", "workers", "compile", "checkpointing", "batch_size",
+              "accum", "save_every", "timeout", *SLOTS}
+
+
+def training_parser(description, recipe, quick):
+    """A parser with the flags of both training scripts -> parser, add.
+
+    add(flag, help, ...) adds a script's own flags as parser.add_argument does. The values of
+    `recipe` hold with --data-path, those of `quick` without; --help shows both.
+    """
+    parser = argparse.ArgumentParser(description=description,
+                                     epilog="Defaults in [ ] hold without --data-path.")
+
+    def add(flag, help="", **options):
+        key = flag[2:].replace("-", "_")
+        if key in recipe:
+            help = f"{help} (default {recipe[key]} [{quick[key]}])"
+        parser.add_argument(flag, help=help, **options)
+
+    add_model_arguments(parser)
+    parser.set_defaults(model=None)
+    add("--drop-path", type=share,
+        help="stochastic depth of the last block (default: the model's own [0])")
+    add("--pretrain", help="weights to start from: a best.pt, a public file, a Hugging Face folder")
+    add("--epochs", type=positive_int)
+    add("--batch-size", type=positive_int, help="images per process and pass; without a value the "
+        "processes and passes share the recipe's")
+    add("--accum", type=positive_int, default=1,
+        help="passes per step: effective batch = batch size x processes x passes (default 1)")
+    add("--lr", type=positive, help="learning rate of the encoder")
+    add("--weight-decay", type=non_negative)
+    add("--warmup", type=steps_or_epochs, metavar="N|Ne",
+        help="linear warm-up in steps, or in epochs: 5e (default 1500, at most 5 %% of all)")
+    add("--clip", type=positive, help="largest norm of the gradient")
+    add("--ema", type=share, nargs="?", const=0.9998, default=0.0, metavar="DECAY",
+        help="evaluate and keep a moving average of the weights (0.9998 unless given)")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
+    add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (CUDA)")
+    add("--compile", action="store_true", help="torch.compile the model for training")
+    add("--checkpointing", action="store_true",
+        help="compute each block again in the backward pass: slower, in much less memory")
+    add("--deterministic", action="store_true", help="the same bits at every run on CUDA, slower")
+    add("--eval-every", type=positive_int, default=1, metavar="EPOCHS", help="(default 1)")
+    add("--save-every", type=positive_int, default=500, metavar="STEPS",
+        help="write last.pt within an epoch too (default 500)")
+    add("--seed", type=count, default=0, help="of weights, order, augmentation and dropout")
+    add("--workers", type=count, help="loader processes per training process (default: on CUDA "
+        "its share of the cores, at most 8; else 2 [0])")
+    add("--timeout", type=positive, default=300, metavar="SECONDS",
+        help="how long the processes wait for a silent one (default 300)")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    add("--output-dir", help="default runs/TASK-MODEL-DATA; a folder with a last.pt is continued")
+    add("--resume", help="begin a new folder with the last.pt of this one")
+    return parser, add
+
+
+def settle_arguments(args, recipe, quick, processes):
+    """Fill in what was not given, and refuse what does not go together."""
+    on_cuda = processes.device.type == "cuda"
+    for key, value in (recipe if args.data_path else quick).items():
+        if getattr(args, key) is not None:
+            continue
+        if key == "batch_size":
+            parts = processes.world * args.accum
+            if value % parts:
+                raise UserError(f"--batch-size: the recipe's {value} images cannot be shared by "
+                                f"{processes.world} processes x {args.accum} passes; give a value")
+            value //= parts
+        setattr(args, key, value)
+    if args.sync_bn and not on_cuda:
+        raise UserError("--sync-bn: PyTorch has it for CUDA only; leave it out on the CPU")
+    if args.sync_bn and args.compile:
+        raise UserError("--sync-bn with --compile: PyTorch cannot compile it; leave one out")
+    if args.deterministic and not on_cuda:
+        raise UserError("--deterministic has no effect on the CPU, where every run gives the same "
+                        "bits; leave it out")
+
+
+def steps_or_epochs(text):
+    """A type for argparse: "500" is 500 steps, (500.0, False); "5e" is 5 epochs, (5.0, True)."""
+    return non_negative(text.removesuffix("e")), text.endswith("e")
+
+
+def warmup_steps(warmup, steps, steps_per_epoch):
+    """--warmup in steps; 1500 or 5 % of the run, whichever is less, where it was not given."""
+    if warmup is None:
+        return min(1500, steps // 20)
+    number, in_epochs = warmup
+    number = round(number * steps_per_epoch) if in_epochs else int(number)
+    if number >= steps:
+        raise UserError(f"--warmup: {number} steps do not end within the run of {steps} steps; "
+                        "use less")
+    return number
+
+
+def run_settings(args, model, **more):
+    """What makes two runs the same: every flag but those of MAY_CHANGE, and the data behind them."""
+    settings = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
+    settings["pretrain"] = args.pretrain and pathlib.Path(args.pretrain).name
+    return settings | {"model": str(model.spec)} | more
+
+
+def settings_block(settings):
+    """The whole configuration of a run in one block."""
+    words = [f"{key.replace('_', '-')}={value}" for key, value in sorted(settings.items())]
+    return textwrap.fill("  ".join(words), 100, break_on_hyphens=False)
+
+
+@torch.no_grad()
+def update_average(average, model, decay, step):
+    """Move a model's running average, buffers too, one step on: mean = d mean + (1 - d) value.
+
+    d = min(decay, (1 + step) / (10 + step)) begins small, so that a short run's average is not
+    that of its first, random weights.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    get_ema_multi_avg_fn(decay)(*map(list, zip(*floats)), None)
+    for mean, value in pairs:
+        if not mean.is_floating_point():
+            mean.copy_(value)
+
+
+def not_finite(step, loss, norm, lr, output):
+    """The error for a loss or a gradient that is not finite, with the way on."""
+    weights = f" --pretrain {output / 'last.pt'}" if (output / "last.pt").exists() else ""
+    return UserError(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g} at lr {lr:.3g}; "
+                     f"stopped before the update. Begin a new run: --output-dir NEW{weights} with "
+                     "a lower --lr, --clip 1 or --amp bf16")
+
+
+def epoch_line(rows, epochs, metric, improved):
+    """One line on the last epoch of the log, with the time left."""
+    row = rows[-1]
+    left = sum(r["seconds"] for r in rows) / len(rows) * (epochs - len(rows))
+    result = f", {metric} {row[metric]:.2f} %" if metric in row else ""
+    best = " (best)" if improved else ""
+    return (f"epoch {len(rows)}/{epochs}: loss {row['loss']:.4f}{result}{best}, "
+            f"{row['seconds']:.0f} s, {datetime.timedelta(seconds=round(left))} left")
 
 
 # --------------------------------------------------------------------------------------------------

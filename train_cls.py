@@ -3,14 +3,15 @@
     torchrun train_cls.py                  # embedded data: a few minutes on two CPU cores
     torchrun --nproc_per_node=8 train_cls.py --data-path tiny-imagenet-200 --amp fp16
 
-`python train_cls.py` is the same as one process. The run's folder gets last.pt, best.pt and
-log.jsonl; the same command started again continues there, on a CPU with the same bits as if the
-run had never stopped.
+`python train_cls.py` is the same as one process. The run's folder gets last.pt, best.pt, log.jsonl
+and curve.png; the same command started again continues there, in the middle of an epoch too, on a
+CPU with the same bits as if the run had never stopped.
 """
 import argparse
 import contextlib
 import copy
 import math
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -25,70 +26,29 @@ import models
 from eval import evaluate_cls
 from layers import UserError
 
-# With --data-path: the recipe of DeiT, as the original project. Without: one for our own shapes.
-RECIPE = dict(model="segformer_b2", image_size=224, epochs=300, batch_size=128, rand_augment=True,
-              erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, repeats=3, workers=2)
-QUICK = dict(model="segformer_b0", image_size=64, epochs=10, batch_size=16, lr=2e-3, workers=0,
-             drop_path=0.0, rand_augment=False, erase=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1,
-             repeats=1)
-
-# The same run may go on with other values of these, as long as the effective batch stays.
-MAY_CHANGE = {"output_dir", "resume", "device", "workers", "compile", "batch_size", "accum"}
+# With --data-path: DeiT's recipe, as in the original project. Without: one for the embedded data.
+# An --lr of None is 5e-4 x effective batch / 512.
+RECIPE = dict(model="segformer_b2", image_size=224, epochs=300, batch_size=128, lr=None,
+              weight_decay=0.05, clip=math.inf, rand_augment=True, erase=0.25, mixup=0.8,
+              cutmix=1.0, smoothing=0.1, repeats=3)
+QUICK = dict(model="segformer_b0", image_size=64, epochs=10, batch_size=16, lr=2e-3,
+             weight_decay=0.05, clip=math.inf, rand_augment=False, erase=0.0, mixup=0.0,
+             cutmix=0.0, smoothing=0.1, repeats=1, workers=0, drop_path=0.0)
 
 
 def arguments(argv=None):
-    def default(key):
-        return f"(default {RECIPE[key]} [{QUICK[key]}])"
-
-    parser = argparse.ArgumentParser(description="Train a classifier.",
-                                     epilog="Defaults in [ ] hold without --data-path.")
-    add = parser.add_argument
-    add("--data-path", help="Tiny-ImageNet or train/CLASS/*.jpg + val/CLASS/*.jpg "
+    parser, add = models.training_parser("Train a classifier.", RECIPE, QUICK)
+    add("--data-path", "Tiny-ImageNet or train/CLASS/*.jpg + val/CLASS/*.jpg "
         "(default: shapes drawn by data.py)")
-    models.add_model_arguments(parser)
-    add("--drop-path", type=models.share,
-        help="stochastic depth of the last block (default: the model's own [0])")
-    add("--pretrain", help="weights to start from: a best.pt, a public file, a Hugging Face folder")
-    add("--image-size", type=models.positive_int,
-        help=f"side of the images in pixels {default('image_size')}")
-    add("--rand-augment", action=argparse.BooleanOptionalAction,
-        help=f"RandAugment {default('rand_augment')}")
-    add("--erase", type=models.share, help=f"probability of random erasing {default('erase')}")
-    add("--mixup", type=models.non_negative, help=f"alpha, 0 = off {default('mixup')}")
-    add("--cutmix", type=models.non_negative, help=f"alpha, 0 = off {default('cutmix')}")
-    add("--smoothing", type=models.share, help=f"of the labels {default('smoothing')}")
-    add("--repeats", type=models.positive_int,
-        help=f"views of an image in a batch: repeated augmentation {default('repeats')}")
-    add("--epochs", type=models.positive_int, help=default("epochs"))
-    add("--batch-size", type=models.positive_int,
-        help=f"images per process and pass {default('batch_size')}")
-    add("--accum", type=models.positive_int, default=1,
-        help="passes per step: effective batch = batch size x processes x passes")
-    add("--lr", type=models.positive,
-        help=f"(default 5e-4 x effective batch / 512 [{QUICK['lr']}])")
-    add("--weight-decay", type=models.non_negative, default=0.05, help="(default 0.05)")
-    add("--warmup", type=models.count,
-        help="steps of linear warm-up (default 1500, at most 5 %% of all)")
-    add("--clip", type=models.positive, default=math.inf,
-        help="largest norm of the gradient (default: no limit)")
-    add("--ema", type=models.share, nargs="?", const=0.9998, default=0.0, metavar="DECAY",
-        help="evaluate and keep a moving average of the weights (0.9998 unless given)")
-    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
-    add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (CUDA)")
-    add("--compile", action="store_true", help="torch.compile the model for training")
-    add("--seed", type=models.count, default=0,
-        help="of weights, order, augmentation and dropout (default 0)")
-    add("--workers", type=models.count,
-        help=f"loader processes per training process {default('workers')}")
-    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    add("--output-dir", help="default runs/cls-MODEL-DATA; a folder with a last.pt is continued")
-    add("--resume", help="begin a new folder with the last.pt of this one")
-    parser.set_defaults(model=None)
-    args = parser.parse_args(argv)
-    for key, value in (RECIPE if args.data_path else QUICK).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    return args
+    add("--image-size", "side of the images in pixels", type=models.positive_int)
+    add("--rand-augment", "RandAugment", action=argparse.BooleanOptionalAction)
+    add("--erase", "probability of random erasing", type=models.share)
+    add("--mixup", "alpha, 0 = off", type=models.non_negative)
+    add("--cutmix", "alpha, 0 = off", type=models.non_negative)
+    add("--smoothing", "of the labels", type=models.share)
+    add("--repeats", "views of an image in a batch: repeated augmentation",
+        type=models.positive_int)
+    return parser.parse_args(argv)
 
 
 def learning_rate(step, steps, warmup, base):
@@ -109,11 +69,11 @@ def load_datasets(args):
 
 def main(argv=None):
     args = arguments(argv)
-    processes = data.start(args.device)
+    processes = data.start(args.device, args.timeout)
     rank, world, device = processes.rank, processes.world, processes.device
     report = print if rank == 0 else lambda *_: None
-    if args.sync_bn and device.type != "cuda":
-        raise UserError("--sync-bn: PyTorch has it for CUDA only; leave it out on the CPU")
+    models.settle_arguments(args, RECIPE, QUICK, processes)
+    data.tune(device, args.deterministic)
 
     # The data, and from its size the length of the run.
     train_set, val_set = load_datasets(args)
@@ -125,164 +85,203 @@ def main(argv=None):
         raise UserError(f"--accum {args.accum}: {len(train_set)} images do not fill one effective "
                         f"batch of {batch}; use less")
     steps = args.epochs * steps_per_epoch
-    warmup = min(1500, steps // 20) if args.warmup is None else args.warmup
+    warmup = models.warmup_steps(args.warmup, steps, steps_per_epoch)
     args.lr = args.lr or 5e-4 * batch / 512
 
     # The model starts from the same weights in every process.
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2 ** 64)
     model = models.build(args.model, "cls", train_set.num_classes, args.drop_path,
                          **models.slots_from(args))
 
-    # The run's folder, and the state in it to go on from. Process 0 reads for all:
-    # the others may be on machines that do not see the folder.
+    # The run's folder, and the state in it to go on from. Process 0 reads for all, and hands the
+    # state on: the others may be on machines that do not see the folder.
     name = Path(args.data_path).resolve().name if args.data_path else "shapes"
     output = Path(args.output_dir or f"runs/cls-{model.spec}-{name}")
-    settings = {key: value for key, value in vars(args).items()
-                if key not in MAY_CHANGE | models.SLOTS.keys()}
-    settings |= dict(data_path=args.data_path and name,
-                     pretrain=args.pretrain and Path(args.pretrain).name,
-                     model=str(model.spec), effective_batch=batch, warmup=warmup,
-                     images=len(train_set), classes=train_set.num_classes)
+    settings = models.run_settings(args, model, data_path=args.data_path and name,
+                                   images=len(train_set), classes=train_set.num_classes,
+                                   effective_batch=batch, warmup=warmup)
     state = None
     if rank == 0:
         lock = models.lock_folder(output)       # held for as long as this variable lives
         state = models.find_state(output, args.resume, settings)
     state = data.broadcast(state)
 
-    # Weights, optimizer, scaler and moving average: fresh, or as the state has them.
-    if state is None and args.pretrain:
-        report(models.load_pretrained(model, args.pretrain))
+    # Weights, optimizer, scaler and moving average: fresh, or as the state has them. With several
+    # processes DDP gives process 0's weights to all, so that the others need not read --pretrain.
+    if rank == 0 and state is None and args.pretrain:
+        print(models.load_pretrained(model, args.pretrain))
+    if state:
+        model.load_state_dict(state["model"])
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)
-    average = copy.deepcopy(model) if args.ema else None
-    groups = models.parameter_groups(model, args.lr, args.weight_decay, head_lr_factor=1.0)
-    optimizer = torch.optim.AdamW(groups, fused=True)
+    for stage in model.encoder.stages:
+        stage.checkpointing = args.checkpointing
+    optimizer = torch.optim.AdamW(
+        models.parameter_groups(model, args.lr, args.weight_decay, head_lr_factor=1.0), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    rows, best, seconds = [], {"epoch": 0, "top1": -1.0}, 0.0
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if average:
-            average.load_state_dict(state["ema"])
-        rows, best, seconds = state["rows"], state["best"], state["seconds"]
-    del state
     net = torch.compile(model) if args.compile else model
     if world > 1:
         # A 1x1 kernel can be described by several strides, which DDP warns of for no reason.
         warnings.filterwarnings("ignore", "Grad strides do not match")
         net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
+
+    # Where the run stands: finished steps, a row for each finished epoch, the losses and the
+    # seconds of the epoch that has begun.
+    done, rows, losses, seconds = 0, [], [], 0.0
+    best = {"epoch": 0, "top1": -1.0}
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if average:
+            average.load_state_dict(state["ema"])
+        done, rows, losses, seconds = (state[key] for key in ("step", "rows", "losses", "seconds"))
+        best = state["best"]
+    state = None
     amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
 
+    def checkpoint():
+        """What is needed to use the weights: the content of best.pt, and a part of last.pt."""
+        return {"spec": models.describe(model), "model": model.state_dict(),
+                "ema": average and average.state_dict(), "classes": list(val_set.classes),
+                "args": settings, "epoch": len(rows), "best": best}
+
+    def save(seconds):
+        """Write last.pt, from which the run goes on with its next step."""
+        if rank == 0:
+            models.save_checkpoint(output / "last.pt", checkpoint() | {
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": done,
+                "rows": rows, "losses": losses, "seconds": seconds})
+
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    report(models.settings_block(settings))
     report(f"{model.spec}, {parameters:.2f} M parameters, {train_set.num_classes} classes; "
            f"{len(train_set)} images to train on, {len(val_set)} to validate on; {device.type}\n"
            f"effective batch {batch} = {args.batch_size} images x {world} processes x "
            f"{args.accum} passes; {args.epochs} epochs of {steps_per_epoch} steps, "
            f"{warmup} of warm-up; output: {output}")
-    first_epoch = len(rows)
-    if 0 < first_epoch < args.epochs:
-        report(f"continuing after epoch {first_epoch}; best top-1 so far {best['top1']:.2f} %")
+    complete_already = len(rows) == args.epochs
+    if done and not complete_already:
+        report(f"continuing after step {done} of {steps}; best top-1 so far {best['top1']:.2f} %")
 
-    for epoch in range(first_epoch, args.epochs):
-        # Order and augmentation depend on (seed, epoch) alone, dropout and drop-path on
-        # (seed, epoch, rank): there is no random state to save.
-        torch.manual_seed((args.seed * 10_000 + epoch) * 10_000 + rank)
-        data.set_epoch(loader, epoch)
+    for epoch in range(len(rows), args.epochs):
+        # The order of the images is a function of (seed, epoch), so that the loader can begin at
+        # any step of it; workers, if there are any, start to read ahead.
+        last_step = (epoch + 1) * steps_per_epoch
+        data.set_epoch(loader, epoch, start=(done - epoch * steps_per_epoch) * args.accum)
         batches = iter(loader)
         model.train()
-        start, losses = time.time(), []
-        bar = data.progress(range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch),
-                            f"epoch {epoch + 1}/{args.epochs}", rank)
-        for step in bar:
-            # Set the learning rate of this step.
-            lr = learning_rate(step, steps, warmup, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_factor"]
+        start = time.time() - seconds
+        bar = data.progress(range(done, last_step), f"epoch {epoch + 1}/{args.epochs}", rank)
 
-            # Forward and backward, pass by pass; the gradients add up in the parameters. The loss
-            # is the mean over the images of all passes and processes.
-            loss = torch.zeros((), device=device)
-            for i in range(args.accum):
-                images, labels = next(batches)
-                images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-                labels = labels.to(device, non_blocking=True)
-                images, targets = data.mixup_cutmix(
-                    images, labels, train_set.num_classes, (args.seed, step, i, rank),
-                    args.mixup, args.cutmix, args.smoothing)
-                # The processes exchange gradients once a step, in the last pass.
-                waits = world > 1 and i < args.accum - 1
-                with net.no_sync() if waits else contextlib.nullcontext():
-                    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                        logits = net(images)
-                    pass_loss = F.cross_entropy(logits.float(), targets) / args.accum
-                    scaler.scale(pass_loss).backward()
-                # DDP averages the gradients over the processes, and this the loss.
-                loss += pass_loss.detach() / world
-            if world > 1:
-                dist.all_reduce(loss)
+        # A request to stop (SIGTERM, Ctrl-C) waits for the end of the step.
+        with data.STOP.postponed():
+            passes = data.take(batches, args.accum, device) if done < last_step else None
+            for step in bar:
+                # Dropout and drop-path depend on (seed, step, rank): there is no random state to
+                # save.
+                torch.manual_seed(data.seed_of(args.seed, step, rank))
 
-            # Undo the scaler's factor and limit the norm of the whole gradient.
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+                # Set the learning rate of this step.
+                lr = learning_rate(step, steps, warmup, args.lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["lr_factor"]
 
-            # Stop before the update if something is not finite. All processes see the same two
-            # numbers, so all of them stop. In fp16 an infinite gradient is no error at first:
-            # the scaler skips the update and halves its factor.
-            scaler_skips = scaler.is_enabled() and scaler.get_scale() > 1e-4
-            if not (loss.isfinite() and (norm.isfinite() or scaler_skips)):
-                raise UserError(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g} at lr "
-                                f"{lr:.3g}; stopped before the update, {output} keeps epoch "
-                                f"{epoch}. Try a lower --lr, --clip 1 or --amp bf16")
+                # Forward and backward, pass by pass; the gradients add up in the parameters. The
+                # loss is the mean over the images of all passes and processes. A request to stop
+                # travels beside it, so that all processes stop after the same step.
+                shared = torch.zeros(2, device=device)
+                shared[1].fill_(data.STOP.pending())
+                for i, (images, labels) in enumerate(passes):
+                    images = images.contiguous(memory_format=torch.channels_last)
+                    images, targets = data.mixup_cutmix(
+                        images, labels, train_set.num_classes, (args.seed, step, i, rank),
+                        args.mixup, args.cutmix, args.smoothing)
+                    # The processes exchange gradients once a step, in the last pass.
+                    waits = world > 1 and i < args.accum - 1
+                    with net.no_sync() if waits else contextlib.nullcontext():
+                        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                            logits = net(images)
+                        pass_loss = F.cross_entropy(logits.float(), targets) / args.accum
+                        scaler.scale(pass_loss).backward()
+                    # DDP averages the gradients over the processes, and this the loss.
+                    shared[0] += pass_loss.detach() / world
+                if world > 1:
+                    dist.all_reduce(shared)
+                loss, stop = shared
 
-            # Update the weights, and the moving average of them.
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            if average:
-                models.update_average(average, model, args.ema, step)
-            losses.append(loss.item())
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{lr:.1e}", refresh=False)
-        speed = len(losses) * batch / (time.time() - start)
+                # Undo the scaler's factor and limit the norm of the whole gradient.
+                scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+
+                # Send the next batches on their way while the device is still at work, then wait
+                # for it: these numbers are all that is read back in a step.
+                passes = None
+                if step + 1 < last_step:
+                    passes = data.take(batches, args.accum, device)
+                loss, norm, stop = torch.stack([loss, norm, stop]).tolist()
+
+                # Stop before the update if something is not finite. All processes see the same
+                # two numbers, so all of them stop. In fp16 an infinite gradient is no error at
+                # first: the scaler skips the update and halves its factor.
+                scaler_skips = scaler.is_enabled() and scaler.get_scale() > 1e-4
+                if not (math.isfinite(loss) and (math.isfinite(norm) or scaler_skips)):
+                    raise models.not_finite(step, loss, norm, lr, output)
+
+                # Update the weights, and the moving average of them.
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                if average:
+                    models.update_average(average, model, args.ema, step)
+                done = step + 1
+                losses.append(loss)
+                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
+
+                # Save now and then, at a request to stop, and before the validation.
+                if stop or done % args.save_every == 0 or done == last_step:
+                    save(time.time() - start)
+                if stop:
+                    if world > 1:
+                        dist.barrier()          # nobody leaves before the state is saved
+                    raise data.Stopped(data.STOP.pending() or signal.SIGTERM, f"step {done} of "
+                                       f"{steps} is saved, the same command goes on from there")
+        seconds = time.time() - start
+        speed = len(losses) * batch / seconds
 
         # Validate on all processes, each on its share of the images. Each process has updated
         # its BatchNorm statistics by its own batches: all take those of process 0.
-        evaluated = (average if average else model).eval()
+        evaluated = average if average else model
         data.share_buffers(model)
         data.share_buffers(evaluated)
-        metrics = evaluate_cls(evaluated, val_set, processes, args.batch_size, args.workers)
-        improved = metrics["top1"] > best["mIoU"]
+        metrics, improved = {}, False
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            metrics = evaluate_cls(evaluated, val_set, processes, args.batch_size, args.workers,
+                                   amp=args.amp)
+            improved = metrics["top1"] > best["top1"]
         if improved:
             best = {"epoch": epoch + 1, "top1": metrics["top1"]}
-        duration = time.time() - start
-        seconds += duration
-        rows.append({"epoch": epoch + 1, "step": step + 1, "lr": lr,
-                     "loss": math.fsum(losses) / len(losses), **metrics, "seconds": duration,
-                     "images_per_second": speed, "peak_memory_gib": data.peak_memory(device)})
-        note = " (best)" if improved else ""
-        report(f"epoch {epoch + 1}/{args.epochs}: loss {rows[-1]['loss']:.4f}, "
-               f"top-1 {metrics['top1']:.2f} %{note}, {duration:.0f} s")
+        rows.append({"epoch": epoch + 1, "step": done, "loss": math.fsum(losses) / len(losses),
+                     "lr": learning_rate(done - 1, steps, warmup, args.lr), **metrics,
+                     "seconds": time.time() - start, "images_per_second": speed,
+                     "peak_memory_gib": data.peak_memory(device)})
+        report(models.epoch_line(rows, args.epochs, "top1", improved))
+        losses, seconds = [], 0.0
 
-        # Write the files. last.pt closes the epoch, so it comes after best.pt; an epoch that was
-        # cut short is run again, with the same bits.
-        if rank == 0:
-            weights = {"spec": models.describe(model), "model": model.state_dict(),
-                       "ema": average and average.state_dict(),
-                       "classes": list(val_set.classes), "args": settings,
-                       "epoch": epoch + 1, "best": best}
-            if improved:
-                models.save_checkpoint(output / "best.pt", weights)
-            models.save_checkpoint(output / "last.pt", weights | {
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "step": step + 1, "seconds": seconds, "rows": rows})
-            models.write_log(output, rows)
+        # Write the files: best.pt before last.pt, which closes the epoch, and then what is only
+        # looked at. An epoch that is cut short before is validated again, with the same bits.
+        with data.STOP.postponed():
+            if rank == 0 and improved:
+                models.save_checkpoint(output / "best.pt", checkpoint())
+            save(seconds)
+            if rank == 0:
+                models.write_log(output, rows)
 
-    done = "complete"
-    if first_epoch == args.epochs:
-        done = "complete already (a new run needs another --output-dir)"
-    report(f"{done}: best top-1 {best['top1']:.2f} % after epoch {best['epoch']} of {args.epochs}, "
-           f"{seconds:.0f} s; {output}: last.pt best.pt log.jsonl")
+    note = " already (a new run needs another --output-dir)" if complete_already else ""
+    total = sum(row["seconds"] for row in rows)
+    report(f"complete{note}: best top-1 {best['top1']:.2f} % after epoch {best['epoch']} of "
+           f"{args.epochs}, {total:.0f} s; {output}: last.pt best.pt log.jsonl and pictures")
 
 
 if __name__ == "__main__":
