@@ -320,12 +320,11 @@ def _report(error):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # the loader's would take it for a crash
     for child in multiprocessing.active_children():
         child.kill()
-    try:
+    if isinstance(error, BrokenPipeError):    # `| head` has read enough: no word, not at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    with suppress(OSError):
         sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for Python's own flush
-        if isinstance(error, BrokenPipeError):
-            return 128 + signal.SIGPIPE      # quietly, as in `| head`
     # Mostly all processes meet the same mistake: torchrun ends the others when one has left, before
     # they say it too.
     time.sleep(min(1, int(os.environ.get("LOCAL_RANK", 0))))
