@@ -131,8 +131,8 @@ def _join(rank, world, device, timeout):
         _store.wait(keys, wait)
         waiting = False
         gpu = device if device.type == "cuda" else None
-        dist.init_process_group("nccl" if gpu else "gloo", store=_store, rank=rank, world_size=world,
-                                timeout=timedelta(seconds=timeout), device_id=gpu)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout),
+                                store=_store, rank=rank, world_size=world, device_id=gpu)
     except (RuntimeError, ValueError) as error:
         reason = f"no sign of process {_missing(keys)}" if waiting else str(error).split("\n")[0]
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -228,7 +228,7 @@ class Stopped(BaseException):
     advice: how to go on, for the line that `run` prints.
     """
 
-    def __init__(self, signum, advice="nothing more was saved"):
+    def __init__(self, signum, advice="a training run goes on with the same command"):
         super().__init__(f"stopped by {signal.Signals(signum).name}: {advice}")
         self.signum = signum
 
@@ -320,7 +320,7 @@ def _report(error):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # the loader's would take it for a crash
     for child in multiprocessing.active_children():
         child.kill()
-    if isinstance(error, BrokenPipeError):    # `| head` has read enough: no word, not at exit either
+    if isinstance(error, BrokenPipeError):    # `| head` has read enough: no word, not at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     with suppress(OSError):
@@ -330,7 +330,9 @@ def _report(error):
     time.sleep(min(1, int(os.environ.get("LOCAL_RANK", 0))))
     line = _explained(error)
     with suppress(OSError):    # stderr may be closed as well
-        if line is None:
+        if isinstance(error, Stopped) and os.environ.get("RANK", "0") != "0":
+            pass               # it stops all processes, and process 0 says so
+        elif line is None:
             traceback.print_exception(error)
         else:
             print(line, file=sys.stderr, flush=True)
@@ -344,7 +346,9 @@ FAULTS = {    # what the type and message of a library's error contain: what is 
     "^MemoryError|can't allocate memory|not enough memory": f"out of memory; {LESS}",
     "DataLoader worker .*(exited|killed)|shared memory|Too many open files|ancdata":
         "a loader's process died (out of memory, of /dev/shm or of open files?); try a lower "
-        "--workers, or 0"}
+        "--workers, or 0",
+    "deterministic implementation":
+        "--deterministic: a block of this model cannot be so on CUDA; leave the flag out"}
 
 
 def _explained(error):
