@@ -2086,6 +2086,13 @@ def smooth_image(height, width, blob=4):
                          align_corners=False)[0].clamp(0, 255).permute(1, 2, 0).byte().numpy()
 
 
+def normalised_view(*arguments):
+    """A training view as the model sees it, float32 (3, crop, crop), and its labels."""
+    view, target, colour = data.training_view(*arguments)
+    assert view.dtype == target.dtype == torch.uint8
+    return data.normalise(view[None], colour[None])[0], target
+
+
 @pytest.mark.parametrize("factor", [0.5, 0.77, 1.0, 1.9])
 @pytest.mark.parametrize("corner", [(0, 0), (23, 41), (10 ** 6, 10 ** 6)])
 @pytest.mark.parametrize("flip", [False, True])
@@ -2094,7 +2101,7 @@ def test_training_view_against_filter_matrices(factor, corner, flip):
     height, width, crop = 120, 171, 96
     pixels = smooth_image(height, width)
     labels = np.random.default_rng(1).integers(0, 9, (height, width), dtype=np.uint8)
-    view, target = data.training_view(Image.fromarray(pixels), labels, crop, Script(factor, corner, flip))
+    view, target = normalised_view(Image.fromarray(pixels), labels, crop, Script(factor, corner, flip))
     scale = factor * min(crop / 120, 4 * crop / 171)
     size = round(height * scale), round(width * scale)
     step = height / size[0], width / size[1]
@@ -2114,14 +2121,13 @@ def test_training_view_against_filter_matrices(factor, corner, flip):
     source[1] = [width - 1 - x for x in source[1]] if flip else source[1]
     assert np.array_equal(target[:shape[0], :shape[1]], labels[np.ix_(*source)])
     assert (target[shape[0]:] == 255).all() and (target[:, shape[1]:] == 255).all()
-    assert view.dtype == torch.float32 and target.dtype == torch.int64
 
 
 def test_training_view_is_the_corner_of_the_resized_image():
     """Against torchvision: resize all of it with antialias, cut the corner out."""
     pixels, labels = smooth_image(120, 171), np.random.default_rng(1).integers(0, 9, (120, 171), dtype=np.uint8)
     for factor in (0.6, 1.3):
-        view, _ = data.training_view(Image.fromarray(pixels), labels, 60, Script(factor, (0, 0), False))
+        view, _ = normalised_view(Image.fromarray(pixels), labels, 60, Script(factor, (0, 0), False))
         size = [round(120 * factor * 0.5), round(171 * factor * 0.5)]
         whole = eval.TF.resize(torch.from_numpy(pixels).permute(2, 0, 1), size, antialias=True)[:, :60, :60]
         expected = (whole / 255 - data.MEAN) / data.STD
@@ -2137,7 +2143,7 @@ def test_a_jpeg_that_shrinks_is_decoded_smaller():
     labels = np.random.default_rng(1).integers(0, 9, (480, 640), dtype=np.uint8)
     for corner in ((0, 0), (15, 44)):
         image = Image.open(file)
-        view, target = data.training_view(image, labels, 96, Script(1.2, corner, False))
+        view, target = normalised_view(image, labels, 96, Script(1.2, corner, False))
         assert image.size == (160, 120)                             # a quarter: shrinks by 480 / 115 = 4.2
         size = 115, 154
         rows, columns = (bilinear(n, c * 4, n / m, 96) for n, c, m in zip((480, 640), corner, size))
@@ -2170,8 +2176,8 @@ def test_crops_with_too_much_of_one_class_are_drawn_again(monkeypatch):
 def test_training_views_of_tiny_and_long_images(size):
     labels = np.full(size, 4, np.uint8)
     for seed in range(4):
-        view, target = data.training_view(Image.new("RGB", size[::-1], "white"), labels, 32,
-                                          np.random.default_rng(seed))
+        view, target = normalised_view(Image.new("RGB", size[::-1], "white"), labels, 32,
+                                       np.random.default_rng(seed))
         assert view.shape == (3, 32, 32) and target.shape == (32, 32) and (target == 4).any()
         assert (view[:, target == 255] == 0).all() and view.isfinite().all()
 
@@ -2187,10 +2193,13 @@ def test_colour_distortion_against_the_formulas_step_by_step():
     i, q = np.cos(hue) * i - np.sin(hue) * q, np.sin(hue) * i + np.cos(hue) * q
     x = np.stack([luma + 0.956 * i + 0.619 * q, luma - 0.272 * i - 0.647 * q, luma - 1.106 * i + 1.703 * q], -1)
     expected = (x.clip(0, 255) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    view = torch.full((3, 40, 40), 7.0)
-    data.color_and_normalise(torch.from_numpy(pixels), *data.color_affine(brightness, contrast, saturation, hue), view)
-    assert abs(view[:, :30, :20].permute(1, 2, 0).numpy() - expected).max() < 0.02                  # one grey level
-    assert (view[:, 30:] == 7).all() and (view[:, :, 20:] == 7).all()
+    views = torch.zeros(2, 4, 40, 40, dtype=torch.uint8)
+    views[0, :, :30, :20] = torch.from_numpy(np.dstack([pixels, np.ones((30, 20), np.uint8)])).permute(2, 0, 1)
+    colours = [(brightness, contrast, saturation, hue), (0.0, 1.0, 1.0, 0.0)]
+    views = data.normalise(views, torch.stack([data.color_matrix(*data.color_affine(*c)) for c in colours]))
+    assert views.is_contiguous(memory_format=torch.channels_last)
+    assert abs(views[0, :, :30, :20].permute(1, 2, 0).numpy() - expected).max() < 0.02              # one grey level
+    assert (views[0, :, 30:] == 0).all() and (views[0, :, :, 20:] == 0).all() and (views[1] == 0).all()
     matrix, offset = data.color_affine(hue=1.0, saturation=1.4)
     assert np.allclose(np.array([0.299, 0.587, 0.114]) @ matrix, [0.299, 0.587, 0.114])
     assert not offset.any()      # keeps the luma
