@@ -1,6 +1,7 @@
 """Models: tables of variants, the skeleton that they share, their files.
 
     python models.py                                        # prints every model and every word
+    python models.py --checkpoint best.pt --export FOLDER   # for Hugging Face, or .pth, .pt2
     model = models.build("segformer_b2", attn="lsra", ffn="dest", head="light_ham")
     model = models.load("best.pt")                          # ready to infer, see eval.predict
 
@@ -266,15 +267,16 @@ class Stage(nn.Module):
 
 @contextlib.contextmanager
 def second_pass(block):
-    """A pass that has been seen before: BatchNorms leave their running statistics alone."""
+    """A pass that has been seen before: BatchNorms leave their running statistics as they are."""
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, batches) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 class Encoder(nn.Module):
@@ -504,7 +506,6 @@ def parameter_groups(model, lr, weight_decay, head_lr_factor=10.0):
                     "lr_factor": factor, "lr": lr * factor,
                     "weight_decay": weight_decay if decays else 0.0})
     return out
-
 
 
 def fuse(model):
@@ -844,7 +845,10 @@ def find_state(output, resume, settings):
         path = pathlib.Path(resume)
         path = path / "last.pt" if path.is_dir() else path
     state = read_checkpoint(path)
-    if not isinstance(state, dict) or not {"optimizer", "args", "rows"} <= state.keys():
+    kinds = {"model": dict, "optimizer": dict, "scaler": dict, "args": dict, "rows": list,
+             "best": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind)
+                                              for key, kind in kinds.items()):
         raise UserError(f"{path}: not the last.pt of a run, and only that can be continued; "
                         "--pretrain takes weights")
     theirs = state["args"]
@@ -858,7 +862,10 @@ def find_state(output, resume, settings):
         for name in ("best.pt", "samples.png", "last.pt"):
             if (file := path.with_name(name)).exists():
                 write_file(output / name, [file.read_bytes()])
-    write_log(output, state["rows"])
+    try:
+        write_log(output, state["rows"])
+    except TypeError:
+        raise UserError(f"{path}: its rows of the log are damaged")
     return state
 
 
@@ -1100,15 +1107,16 @@ def know(model, checkpoint):
     return model
 
 
-def load(path, device="cpu"):
+def load(path, device="cpu", fused=True):
     """The model of a checkpoint of train_seg.py or train_cls.py, fused, ready to infer; it knows
     its data, see `know`. Errors: UserError."""
     checkpoint = read_checkpoint(path)
     try:
-        model = restore(checkpoint)
+        model = restore(checkpoint).eval()
     except UserError as error:
         raise UserError(f"{path}: {error}")
-    return fuse(model).to(device, memory_format=torch.channels_last)
+    model = fuse(model) if fused else model
+    return model.to(device, memory_format=torch.channels_last)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1415,12 +1423,13 @@ HUB = "Hugging Face SegFormer"
 FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's share all names)
     Format("own checkpoint", fresh=TASK_NORMS, dead=TASK_NORMS),
     Format(HUB, HF_SEGFORMER, HF_HEADS, "segformer.encoder.", rows="segformer"),
-    Format("original project", LITE, LITE_HEADS, "segformer.encoder.", rows="lite|segformer",
-           linear=r"\.(q|kv|proj|projections\.\d)$"),
+    Format("Hugging Face SegFormer encoder", HF_SEGFORMER, rows="segformer"),
     Format("SegFormer / PVTv2 encoder", MIT, CLS, **MIT_ROWS),
     Format("SegFormer / PVTv2 / Lawin segmentor", MIT, MMSEG_HEADS, "backbone.",
            dead=r"decode_head\.conv_seg\.", **MIT_ROWS),
     Format("mmsegmentation SegFormer encoder", MIT_MMSEG, writes=False, **MIT_ROWS),
+    Format("original project", LITE, LITE_HEADS, "segformer.encoder.", rows="lite|segformer",
+           linear=r"\.(q|kv|proj|projections\.\d)$"),
     Format("timm PVTv2", TIMM_STEM + MIT, CLS, dialect=PVT_V2_TIMM, rows="pvt_v2"),
     Format("MSCAN encoder", MSCAN, CLS, **MSCAN_KIND),
     Format("SegNeXt segmentor", MSCAN, MMSEG_HEADS, "backbone.", **MSCAN_KIND),
@@ -1485,10 +1494,10 @@ def load_pretrained(model, source):
     path, state, trained = read_weights(source)
     form, prefix = recognise(model, state)
     if form is None:
-        raise UserError(f"{path}: none of its {len(state)} tensors ({', '.join(list(state)[:3])}, "
+        raise UserError(f"{path}: none of its {len(state)} tensors ({', '.join(state)[:99]} "
                         "...) has a name of a known format; these are: "
                         f"{', '.join(f.name for f in FORMATS)}")
-    outside = [name for name in state if not name.startswith(prefix)]
+    outside = [name for name in state if not name.startswith(prefix) and not counter(name)]
     state = {name.removeprefix(prefix): value for name, value in state.items()
              if name.startswith(prefix)}
     found, misfits, missing = match(model, state, form)
@@ -1682,12 +1691,12 @@ def counter(name):
 
 
 def example(names):
-    return f", e.g. {names[0]}" if names else ""
+    return f", e.g. {names[0][:99]}" if names else ""
 
 
 def looks_like(model, state, form, trained):
-    """The words with which a file's weights fit, as far as they can be told: of our own by what
-    it says, of others the row whose encoder fits best, if that is better than the model's own."""
+    """The words with which a file's weights fit: of our own what the file says, of others the row
+    whose encoder fits best, if that is better than the model's own."""
     if trained and trained != model.spec:
         words = [f"--model {trained.name}", *spelt(trained.overrides, "--{} {}", ",")]
         return f"; it looks like {trained.name}: give {' '.join(words)}"
@@ -1699,13 +1708,14 @@ def looks_like(model, state, form, trained):
                        for keys in (found, [*misfits, *missing]))
         return hits - lacks
 
-    rows = [name for name in MODELS if re.match(form.rows, name)]
-    scores = {"": 0}
-    for name in rows:
-        with torch.device("meta"):
-            scores[name] = score(build(name, model.task))
-    best = max(scores, key=scores.get)
-    return f"; it looks like {best}" if scores[best] > max(0, score(model)) else ""
+    best, best_score = "", max(0, score(model))
+    for name in MODELS:
+        if form.keys and re.match(form.rows, name):
+            with torch.device("meta"):
+                result = score(build(name, model.task))
+            if result > best_score:
+                best, best_score = f"; it looks like {name}", result
+    return best
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1770,12 +1780,55 @@ def write_hub_directory(folder, model, state, classes):
         write_file(folder / f"{name}.json", [json.dumps(content, indent=2).encode()])
 
 
+def export(model, target):
+    """Write a model for other programs, read it again, compare -> {(height, width): the largest
+    difference of the logits, relative to their root mean square}.
+
+    target: a folder (Hugging Face), FILE.pth (its family's own names) or FILE.pt2 (torch.export of
+    the fused model, for any batch, height and width). Errors: UserError.
+    """
+    suffix = pathlib.Path(target).suffix
+    if suffix == ".pt2":
+        model, buffer = fuse(model), io.BytesIO()
+        free = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}
+        program = torch.export.export(model, (torch.zeros(2, 3, 224, 288),), dynamic_shapes=(free,))
+        torch.export.save(program, buffer)
+        write_file(target, [buffer.getbuffer()])
+        again = torch.export.load(target).module()
+    elif suffix in ("", ".pth"):
+        export_pretrained(model, target, classes=getattr(model, "classes", None))
+        again = build(model.spec.name, model.task, model.num_classes, **model.spec.overrides)
+        load_pretrained(again.eval(), target)
+    else:
+        raise UserError(f"--export {target}: give a folder, FILE.pth or FILE.pt2; for ONNX give "
+                        "the model of models.load to torch.onnx.export")
+    differences = {}
+    for size in ((224, 224), (97, 130)):
+        images = torch.randn(1, 3, *size)
+        with torch.inference_mode():
+            ours, theirs = model(images), again(images)
+        rms = ours.square().mean().sqrt()
+        differences[size] = ((theirs - ours).abs().max() / rms).item()
+    return differences
+
+
 def main(argv=None):
-    """Print the catalogue."""
-    parser = argparse.ArgumentParser(description="Print every model and every word.")
-    parser.parse_args(argv)
-    print_catalogue()
+    parser = argparse.ArgumentParser(
+        description="Print every model and every word of every slot; or export a trained model.")
+    parser.add_argument("--checkpoint", help="best.pt or last.pt of train_seg.py or train_cls.py")
+    parser.add_argument("--export", metavar="TARGET", help="a folder: for Hugging Face; FILE.pth: "
+                        "the family's own names; FILE.pt2: torch.export, for any size")
+    args = parser.parse_args(argv)
+    if (args.checkpoint is None) != (args.export is None):
+        parser.error("--checkpoint and --export go together")
+    if args.export is None:
+        return print_catalogue()
+    model = load(args.checkpoint, fused=False)
+    for (height, width), difference in export(model, args.export).items():
+        print(f"{args.export}: {model.spec}, read again, differs at {width} x {height} pixels by "
+              f"{difference:.1e} of the logits' size")
 
 
 if __name__ == "__main__":
-    main()
+    import data         # here alone: its run() prints a user's mistake as one line
+    data.run(main)
