@@ -40,17 +40,13 @@ def naming(path):
         raise UserError(f"{data.shown(path)}: {error}") from None
 
 
-def autocast(device, amp):
-    return torch.autocast(device.type, AMP[amp], enabled=AMP[amp] is not None)
-
-
 def stacked(tensors, device):
     """A batch, stacked on the device: on the host this would copy what lies in pinned memory."""
     return torch.stack([tensor.to(device, non_blocking=True) for tensor in tensors])
 
 
 def refuse_not_finite(flags, name):
-    """flags: a tensor (B,) for every batch, read here at once; name(i): the i-th image's file."""
+    """flags: a tensor (B,) a batch, read here at once; name(i): the file of the i-th image."""
     bad = (~torch.cat(flags)).nonzero().flatten().tolist() if flags else []
     if bad:
         raise UserError(f"{data.shown(name(bad[0]))}: {NOT_FINITE} ({len(bad)} such images)")
@@ -73,8 +69,7 @@ class ConfusionMatrix:
     def update(self, pred, label, loss_sum=0.0):
         """Add maps of one shape, classes 0..K-1, labels of 255 left out, and their summed loss."""
         known = label != data.IGNORED
-        # Ignored pixels add 0 to the first cell: to leave them out, the host would have to wait for
-        # their number.
+        # Ignored pixels add 0 to the first cell; to drop them, the host would have to count them.
         pair = torch.where(known, label.long() * self.num_classes + pred, 0)
         self.counts.view(-1).scatter_add_(0, pair.flatten(), known.flatten().long())
         self.loss_sum += loss_sum
@@ -114,8 +109,7 @@ class ConfusionMatrix:
     def summary(self):
         """{"aAcc", "mIoU", "mAcc"} in percent; the means leave out classes that do not occur."""
         if not self.counts.any():
-            raise UserError("the masks of the validation split hold no labelled pixel, all are "
-                            "ignored: nothing to measure")
+            raise UserError("the masks of this split hold no labelled pixel: nothing to measure")
         right = self.counts.diag().sum().double() / self.counts.sum()
         return {"aAcc": 100 * right.item(), "mIoU": 100 * self.iou().nanmean().item(),
                 "mAcc": 100 * self.accuracy().nanmean().item()}
@@ -179,7 +173,7 @@ def views(model, images, short_side=None, scales=(1.0,), flip=False, slide=None,
         x = x.contiguous(memory_format=torch.channels_last)
         for mirrored in (False, True) if flip else (False,):
             view = x.flip(-1) if mirrored else x
-            with autocast(x.device, amp):
+            with torch.autocast(x.device.type, AMP[amp], enabled=amp != "off"):
                 logits = sliding(model, view, *slide) if slide else model(view)
             out.append(logits.flip(-1) if mirrored else logits)
     return out
@@ -266,7 +260,7 @@ def evaluate_cls(model, dataset, processes, batch_size, workers, amp="off"):
         images, labels = zip(*items)
         images = stacked(images, device).contiguous(memory_format=torch.channels_last)
         labels = torch.tensor(labels, device=device)
-        with autocast(device, amp):
+        with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
             logits = model(images).float()
         found = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -274,11 +268,8 @@ def evaluate_cls(model, dataset, processes, batch_size, workers, amp="off"):
         sums[3] += len(items)
         flags.append(logits.isfinite().all(1))
     model.train(training)
-
-    def name(i):                    # of the i-th image of this process
-        index = processes.rank + i * processes.world
-        return dataset.paths[index][0] if hasattr(dataset, "paths") else f"image {index}"
-    refuse_not_finite(flags, name)
+    names = getattr(dataset, "paths", [])[processes.rank::processes.world]
+    refuse_not_finite(flags, lambda i: names[i][0] if names else f"image {i}")
     if dist.is_initialized():
         dist.all_reduce(sums)
     top1, top5, loss, count = sums.tolist()
@@ -307,8 +298,9 @@ def picture_files(source, folder):
 
     -> {path from there without its suffix, which its pictures get for a name: path}
     """
-    place = source if source.is_dir() else source.parent
-    if folder.resolve() == place.resolve():
+    if not source.exists():
+        raise UserError(f"--images {data.shown(source)}: no such file or folder")
+    if folder.resolve() == (source if source.is_dir() else source.parent).resolve():
         raise UserError(f"--save-dir {data.shown(folder)}: holds the images, which could be "
                         "overwritten; choose another folder")
     if not source.is_dir():
@@ -330,7 +322,7 @@ def picture_files(source, folder):
     return files
 
 
-def save_pictures(model, args, processes, protocol, names, colors, first_id):
+def save_pictures(model, args, processes, protocol):
     """For each image NAME.png, the ids k + first_id in the classes' colours, and NAME_overlay.png:
     the image under the colours, and a legend, largest class first. EXIF rotations are carried out.
     --probabilities: NAME.npz, soft-maxes float16 (K, h, w) at the network's resolution.
@@ -339,8 +331,6 @@ def save_pictures(model, args, processes, protocol, names, colors, first_id):
     files = picture_files(Path(args.images), folder)
     with data.writing("--save-dir", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    palette = np.zeros((256, 3), np.uint8)
-    palette[first_id:first_id + len(colors)] = colors
     bad = []
     share = list(files.items())[processes.rank::processes.world]
     for name, path in data.progress(share, "drawing", processes.rank):
@@ -353,29 +343,36 @@ def save_pictures(model, args, processes, protocol, names, colors, first_id):
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(processes.device)
         with naming(path):
             logits, classes = segment(model, image, pixels.shape[:2], **protocol)
-        classes = classes[0].cpu().numpy()
-        label = Image.fromarray((classes + first_id).astype(np.uint8))
-        label.putpalette(palette.tobytes())
-        overlay = pixels // 2 + data.colorize(classes, colors) // 2
-        areas = np.bincount(classes.ravel(), minlength=len(names))
-        seen = [k for k in np.argsort(-areas, kind="stable") if areas[k]]
-        legend = data.legend([names[k] for k in seen], colors[seen], max(overlay.shape[1], 200))
-        target = folder / name
         with data.writing("--save-dir", folder):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            label.save(f"{target}.png")
-            data.contact_sheet([[overlay]], f"{target}_overlay.png", legend)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            draw(model, pixels, classes[0].cpu().numpy(), folder / name)
             if args.probabilities:
                 size = logits[0].shape[2:]
                 shares = [layers.resize(view.float(), size).softmax(1) for view in logits]
                 mean = torch.cat(shares).mean(0).half().cpu().numpy()
-                np.savez_compressed(f"{target}.npz", probabilities=mean)
+                np.savez_compressed(folder / f"{name}.npz", probabilities=mean)
     if bad:
         raise UserError(f"{bad[0]} ({len(bad)} of {len(files)} files could not be drawn, "
                         f"the others are in {folder})")
     if processes.rank == 0:
-        last_id = first_id + len(names) - 1
-        print(f"{len(files)} label maps (ids {first_id}..{last_id}) and overlays: {folder}")
+        last_id = model.first_id + model.num_classes - 1
+        print(f"{len(files)} label maps (ids {model.first_id}..{last_id}) and overlays: {folder}")
+
+
+def draw(model, pixels, classes, target):
+    """Write TARGET.png and TARGET_overlay.png of an image (H, W, 3) and its classes (H, W)."""
+    colors = data.distinct_colors(model.num_classes) if model.colors is None else model.colors
+    label = Image.fromarray((classes + model.first_id).astype(np.uint8))
+    palette = np.zeros((256, 3), np.uint8)
+    palette[model.first_id:][:len(colors)] = colors
+    label.putpalette(palette.tobytes())
+    label.save(f"{target}.png")
+    areas = np.bincount(classes.ravel(), minlength=model.num_classes)
+    seen = [k for k in np.argsort(-areas, kind="stable") if areas[k]]
+    overlay = pixels // 2 + data.colorize(classes, colors) // 2
+    names = [model.classes[k] for k in seen]
+    legend = data.legend(names, colors[seen], max(overlay.shape[1], 200))
+    data.contact_sheet([[overlay]], f"{target}_overlay.png", legend)
 
 
 # ---- python eval.py ------------------------------------------------------------------------------
@@ -388,15 +385,13 @@ def arguments(argv=None):
     parser.set_defaults(model=None)
     add("--pretrain", help="public weights for --model: a file or a Hugging Face directory")
     add("--num-classes", type=models.positive_int,
-        help="of --pretrain (default: those of --data-path, else 150 for seg, 1000 for cls)")
+        help="of --pretrain (default: those of --data-path, else 150; cls 1000)")
     add("--task", choices=list(models.CLASSES), default="seg", help="of --model (default seg)")
     add("--data-path", help="data set, see data.py (default: the embedded shapes)")
     add("--split", choices=["train", "val"], default="val", help="default val")
-    add("--zero-is-class", action="store_true",
-        help="id 0 of the masks is a class; else it is ignored, and k is class k-1")
-    add("--size", type=models.count,
-        help="short side that the network sees, 0: images as they are stored (default: the crop or "
-        "image size of the checkpoint's training, else 512; classifiers 224)")
+    add("--zero-is-class", action="store_true", help="id k of a mask is class k, not class k-1")
+    add("--size", type=models.count, help="short side that the network sees, 0: as the images are "
+        "stored (default: as in the checkpoint's training, else 512; cls 224)")
     add("--size-divisor", type=models.positive_int,
         help="resize each side up to a multiple of this (32 is worth +0.5 mIoU or more)")
     add("--scales", type=models.positive, nargs="+", default=[1.0],
@@ -407,11 +402,10 @@ def arguments(argv=None):
     add("--images", help="draw this image, or all of this folder, instead of measuring")
     add("--save-dir", default="pictures", help="where --images writes (default pictures)")
     add("--probabilities", action="store_true",
-        help="with --images: NAME.npz too, float16 soft-maxes at the network's resolution")
+        help="--images adds NAME.npz: float16 soft-maxes at the network's resolution")
     add("--json", nargs="?", const="-", metavar="FILE",
         help="write the figures to FILE as well, or print them instead of the table")
-    add("--batch-size", type=models.positive_int, default=1,
-        help="images per process and pass (default 1)")
+    add("--batch-size", type=models.positive_int, default=1, help="of each process (default 1)")
     add("--amp", choices=list(AMP), default="off", help="mixed precision (default off)")
     add("--workers", type=models.count, default=2, help="loader processes (default 2)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
@@ -425,6 +419,8 @@ def arguments(argv=None):
     if args.checkpoint:
         models.no_effect(args, "with --checkpoint, which knows its model",
                          f"model task num_classes {' '.join(models.SLOTS)}")
+        if args.images:
+            models.no_effect(args, "on a checkpoint's pictures", "data_path zero_is_class")
     if args.images:
         models.no_effect(args, "with --images", "json split batch_size workers")
     else:
@@ -435,11 +431,11 @@ def arguments(argv=None):
 
 
 def load_model(args, dataset, show):
-    """-> model, and what its checkpoint holds beside the weights ("args", "classes", ..), or {}."""
+    """-> the model, which knows its classes, colours and ids, and the arguments of its training."""
     if args.checkpoint:
-        trained = models.read_checkpoint(args.checkpoint)
+        checkpoint = models.read_checkpoint(args.checkpoint)
         with naming(args.checkpoint):
-            return models.restore(trained), trained
+            return models.restore(checkpoint), checkpoint.get("args", {})
     num_classes = args.num_classes or (dataset.num_classes if dataset else None)
     model = models.build(args.model, args.task, num_classes, **models.slots_from(args))
     report = models.load_pretrained(model, args.pretrain)
@@ -448,7 +444,13 @@ def load_model(args, dataset, show):
         raise UserError(f"{args.pretrain}: has no trained {report.fresh[0]} for "
                         f"{model.num_classes} classes; evaluate it on the data set that it was "
                         "trained for, or fine-tune it first")
-    return model, {}
+    known = {"args": {"zero_is_class": args.zero_is_class}}
+    if dataset and args.task == "seg":
+        known |= {"classes": dataset.classes, "colors": dataset.colors.tolist(),
+                  "first_id": dataset.first_id}
+    elif model.num_classes == 150:
+        known["colors"] = data.ADE20K_COLORS.tolist()
+    return models.know(model, known), {}
 
 
 def open_dataset(args, task, settings):
@@ -463,30 +465,13 @@ def open_dataset(args, task, settings):
     return data.FolderSegmentation(args.data_path, args.split, zero_is_class=args.zero_is_class)
 
 
-def look(model, trained, dataset, args):
-    """Class names, colours and the id of class 0: the checkpoint's, the data set's, or made up."""
-    known = {}
-    if dataset:
-        known = {"classes": dataset.classes, "colors": dataset.colors, "first_id": dataset.first_id}
-    # An older checkpoint has no first_id: it was 0 for the shapes.
-    from_zero = args.zero_is_class or trained.get("args", {}).get("data_path", "") is None
-    colors = data.distinct_colors(model.num_classes)
-    if model.num_classes == 150:
-        colors = data.ADE20K_COLORS
-    known = {"classes": [f"class {k}" for k in range(model.num_classes)], "colors": colors,
-             "first_id": 0 if from_zero else 1} | known | trained
-    return known["classes"], np.array(known["colors"], np.uint8), known["first_id"]
-
-
-# ---- python eval.py: measuring -------------------------------------------------------------------
-
 def rounded(percent):
     """The two decimals that are printed; None for nan, a class that does not occur."""
     return None if math.isnan(percent) else round(percent, 2)
 
 
-def print_classes(classes, matrix, trained, table):
-    """The table, what is confused most, and whether the checkpoint names the classes otherwise."""
+def print_classes(matrix, table, classes, trained_classes):
+    """The table, what is confused most, and whether the classes had other names in training."""
     print(f"{'class':<28}{'IoU':>8}{'Acc':>8}{'precision':>11}{'F1':>8}")
     for name, figures in table.items():
         iou, acc, precision, f1 = ["-" if x is None else f"{x:.2f}" for x in figures.values()]
@@ -494,14 +479,12 @@ def print_classes(classes, matrix, trained, table):
     worst = [f"{classes[label]} taken for {classes[pred]} {100 * share:.2f} %"
              for label, pred, share in matrix.confusions()]
     print(f"worst confusions, of all labelled pixels: {', '.join(worst) or 'none'}")
-    names = zip(trained.get("classes", []), classes)
-    renamed = [f"{k} ({old!r}, here {new!r})" for k, (old, new) in enumerate(names) if old != new]
+    renamed = [f"{old!r}, here {new!r}" for old, new in zip(trained_classes, classes) if old != new]
     if renamed:
-        print(f"note: the checkpoint has other names for {len(renamed)} classes, the first is "
-              f"{renamed[0]}")
+        print(f"note: {len(renamed)} classes had other names in training, the first: {renamed[0]}")
 
 
-def measure(args, model, trained, dataset, processes, protocol):
+def measure(args, model, dataset, processes, protocol):
     """Evaluate on the whole set; rank 0 writes the figures as JSON and prints them."""
     result = {"model": str(model.spec), "weights": args.checkpoint or args.pretrain,
               "data": args.data_path or "shapes", "split": args.split, "images": len(dataset)}
@@ -525,7 +508,7 @@ def measure(args, model, trained, dataset, processes, protocol):
         return
     how = ""
     if model.task == "seg":         # a figure means little without the protocol
-        print_classes(dataset.classes, matrix, trained, table)
+        print_classes(matrix, table, dataset.classes, model.classes)
         how = "".join(f", {key.replace('_', ' ')} {value}" for key, value in protocol.items()
                       if value not in (None, False, "off", [1.0]))
     summary = [f"{name} {value:.2f} %" for name, value in figures.items()] + [f"loss {loss:.4f}"]
@@ -540,23 +523,23 @@ def main(argv=None):
     if args.json and not quiet:
         data.try_writing("--json", args.json)
     dataset = open_dataset(args, args.task, {}) if args.pretrain and args.data_path else None
-    model, trained = load_model(args, dataset, (lambda report: None) if quiet else print)
-    settings = trained.get("args", {})
-    args.zero_is_class |= settings.get("zero_is_class", False)
-    short_side = settings.get("crop", 512) if args.size is None else args.size or None
+    model, settings = load_model(args, dataset, (lambda report: None) if quiet else print)
+    short_side = (model.size or 512) if args.size is None else args.size or None
     protocol = {"short_side": short_side, "scales": args.scales, "flip": args.flip,
                 "slide": args.slide, "size_divisor": args.size_divisor, "amp": args.amp}
     if model.task == "cls":
-        models.no_effect(args, "on a classifier", "images scales flip slide size_divisor")
+        models.no_effect(args, "on a classifier",
+                         "images scales flip slide size_divisor zero_is_class")
+    args.zero_is_class |= settings.get("zero_is_class", False)
     model = models.fuse(model).to(processes.device, memory_format=torch.channels_last)
     if args.images:
-        return save_pictures(model, args, processes, protocol, *look(model, trained, dataset, args))
+        return save_pictures(model, args, processes, protocol)
     dataset = dataset or open_dataset(args, model.task, settings)
     if dataset.num_classes != model.num_classes:
         where = args.data_path or "the embedded shapes"
         raise UserError(f"{where}: {dataset.num_classes} classes, but the model knows "
                         f"{model.num_classes}; give --data-path the data set of its training")
-    measure(args, model, trained, dataset, processes, protocol)
+    measure(args, model, dataset, processes, protocol)
 
 
 if __name__ == "__main__":
