@@ -30,6 +30,7 @@ import copy
 import inspect
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -46,6 +47,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import eval
@@ -166,11 +168,11 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def run(script, *arguments, **more):
+def run(script, *arguments, env={}, **more):
     """A script as a user starts it -> (exit status, stdout, stderr)."""
     done = subprocess.run([sys.executable, os.path.join(HERE, script), *map(str, arguments)], capture_output=True,
                           text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env, **more)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -2453,16 +2455,23 @@ def test_confusion_matrix_against_brute_force():
     label[label == 4] = 255                             # class 4 is nowhere; 3 is confused with all
     matrix = eval.ConfusionMatrix(5)
     for l, p in zip(label, pred):
-        matrix.update(p, l)
+        matrix.update(p, l.to(torch.uint8))
     for k in range(5):
         inside = sum(1 for l, p in zip(label.flatten().tolist(), pred.flatten().tolist()) if l == p == k)
         union = sum(1 for l, p in zip(label.flatten().tolist(), pred.flatten().tolist()) if l != 255 and k in (l, p))
         total = (label == k).sum().item()
-        iou, accuracy = matrix.iou()[k].item(), matrix.accuracy()[k].item()
+        predicted = ((pred == k) & (label != 255)).sum().item()
+        got = [values[k].item() for values in (matrix.iou(), matrix.accuracy(), *list(matrix.figures().values())[2:])]
         if k == 4:
-            assert np.isnan(iou) and np.isnan(accuracy)
+            assert np.isnan(got).all()
         else:
-            assert (iou, accuracy) == pytest.approx((inside / union, inside / total))
+            expected = inside / union, inside / total, predicted and inside / predicted, 2 * inside / (total + predicted)
+            assert [0 if np.isnan(value) else value for value in got] == pytest.approx(expected)
+    cells = {(a, b): ((label == a) & (pred == b)).sum().item() for a in range(4) for b in range(4) if a != b}
+    found = matrix.confusions()
+    assert [share for _, _, share in found] == pytest.approx(
+        [count / (label != 255).sum().item() for count in sorted(cells.values())[:-4:-1]])
+    assert all(cells[a, b] / (label != 255).sum().item() == pytest.approx(share) for a, b, share in found)
     assert matrix.summary()["mIoU"] == pytest.approx(100 * matrix.iou()[:4].mean().item())
     assert matrix.counts.dtype == torch.int64 and matrix.counts.sum() == (label != 255).sum()
     matrix.counts += 2 ** 40                            # far beyond what float32 can count
@@ -2507,6 +2516,75 @@ def test_evaluation_does_not_depend_on_batch_or_ranks(small_model, protocol):
     assert (whole.counts - batched.counts).abs().sum() <= 4         # rounding of another kernel may flip a near-tie
     assert torch.equal(whole.counts, ranks[0].counts + ranks[1].counts)
     assert whole.counts.sum() == sum(labels.numel() for _, labels, _ in Pairs().items)
+    mean = (ranks[0].loss_sum + ranks[1].loss_sum) / whole.counts.sum()
+    assert whole.loss == pytest.approx(batched.loss, rel=1e-5) == pytest.approx(mean.item(), rel=1e-5)
+
+
+def test_loss_of_evaluation_against_cross_entropy(small_model):
+    total = 0
+    with torch.no_grad():
+        for image, labels, _ in Pairs().items:
+            logits = small_model(data.normalise(image[None])).double()
+            full = F.interpolate(logits, labels.shape, mode="bilinear")
+            total += F.cross_entropy(full, labels[None], reduction="sum").item()
+    pixels = sum(labels.numel() for _, labels, _ in Pairs().items)
+    assert eval.evaluate_seg(small_model, Pairs(), data.Processes(), 2, 0).loss == pytest.approx(total / pixels, rel=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations for which the host waits for the device."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += str(function.overloadpacket) in ("aten._local_scalar_dense", "aten.nonzero", "aten.bincount")
+        return function(*args, **kwargs or {})
+
+
+def test_evaluation_reads_the_device_once(small_model):
+    counts = []
+    for images in (2, 5):
+        pairs = Pairs()
+        pairs.items = pairs.items[:images]
+        with Reads() as reads:
+            eval.evaluate_seg(small_model, pairs, data.Processes(), 1, 0)
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+
+def test_outputs_that_are_not_finite_name_the_image(small_model):
+    def broken(module, inputs, output):
+        return output * (torch.nan if inputs[0].shape[-1] in (91, 41) else 1)
+    with small_model.register_forward_hook(broken):
+        refused(lambda: eval.evaluate_seg(small_model, Pairs(), data.Processes(), 3, 0), "(33, 91)", "not finite", "1 such")
+        refused(lambda: eval.predict(small_model, Pairs()[3][0]), "not finite")
+    classifier = models.build("segformer_b0", "cls", 4).eval()
+    items = [(torch.randn(3, 32, 32), k) for k in range(3)]
+    sums = eval.evaluate_cls(classifier, items, data.Processes(), 2, 0)
+    logits = classifier(torch.stack([image for image, _ in items]))
+    assert sums["val_loss"] == pytest.approx(F.cross_entropy(logits, torch.arange(3)).item(), rel=1e-5)
+    with classifier.register_forward_hook(lambda *args: args[2].index_fill(0, torch.tensor([len(args[2]) - 1]), torch.inf)):
+        refused(lambda: eval.evaluate_cls(classifier, items, data.Processes(), 3, 0), "image 2", "not finite")
+
+
+def test_predict_takes_pictures(small_model):
+    pixels = Pairs()[3][0]
+    small_model.size = 40
+    expected = eval.predict(small_model, pixels, short_side=40)
+    assert expected.shape == (33, 91)
+    assert torch.equal(eval.predict(small_model, Image.fromarray(pixels.permute(1, 2, 0).numpy())), expected)
+    assert torch.equal(eval.predict(small_model, pixels[None].repeat(2, 1, 1, 1)), expected[None].repeat(2, 1, 1))
+    refused(lambda: eval.predict(small_model, pixels.float()), "uint8")
+    del small_model.size
+
+
+def test_samples_are_small(small_model, tmp_path):
+    pairs = Pairs()
+    image, labels, name = pairs[0]
+    pairs.items = [(image.repeat(1, 40, 40), labels.repeat(40, 40).byte(), name)]
+    pairs.classes, pairs.colors = list("abcd"), data.distinct_colors(4)
+    eval.save_samples(small_model, pairs, 64, torch.device("cpu"), tmp_path / "s.png")
+    width, height = Image.open(tmp_path / "s.png").size
+    assert 3 * 320 <= width < 1200 and height < 600
 
 
 def test_protocol_against_the_plain_computation():
@@ -2517,7 +2595,7 @@ def test_protocol_against_the_plain_computation():
     original = data.normalise
     with pytest.MonkeyPatch.context() as patch:                     # float64 through and through
         patch.setattr(data, "normalise", lambda x: original(x).double())
-        got = eval.predict(model, image, (33, 91), "cpu", scales=(1.0, 2.0), flip=True)
+        got = eval.predict(model, image, scales=(1.0, 2.0), flip=True)
         mean = 0
         for size in ((33, 91), (66, 182)):
             x = normalised(eval.TF.resize(image, size, antialias=True))
@@ -2526,7 +2604,7 @@ def test_protocol_against_the_plain_computation():
                 full = F.interpolate(logits, (33, 91), mode="bilinear")
                 mean = mean + (full.flip(-1) if flip else full).softmax(1)
         assert (got == mean.argmax(1)[0]).double().mean() > 0.999   # the float32 normalisation may flip a near-tie
-        got = eval.predict(model, image, (33, 91), "cpu", slide=(32, 24))
+        got = eval.predict(model, image, slide=(32, 24))
         total, times = torch.zeros(1, 4, 33, 91, dtype=torch.float64), torch.zeros(33, 91)
         for y in (0, 1):
             for x in (0, 24, 48, 59):
@@ -2558,39 +2636,58 @@ def street(tmp_path_factory):
             mask = Image.fromarray(rng.integers(0, 5, (40, 50 + i), dtype=np.uint8))
             mask.save(root / "annotations" / split / f"{i}.png")
     (root / "id2label.json").write_text(json.dumps({str(k): name for k,
-                                                    name in enumerate(["sky", "road", "tree", "car"])}))
+                                                    name in enumerate(["sky", "r\u00f6ad", "tree", "car"])}))
     for name, classes in (("good.pt", 4), ("other.pt", 9)):
         model = models.build("segformer_b0", num_classes=classes)
         models.save_checkpoint(root / name, {
             "spec": models.describe(model), "model": model.state_dict(), "ema": None,
-            "classes": ["sky", "road", "tree", "car"],
-            "colors": [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]],
+            "classes": ["sky", "r\u00f6ad", "tree", "car", *"efghi"][:classes],
+            "colors": [[3 * k + 1, 3 * k + 2, 3 * k + 3] for k in range(classes)],
             "args": {"crop": 40, "zero_is_class": False, "data_path": "street"}})
     return root
 
 
 def test_eval_command_prints_and_writes_the_same(street, tmp_path):
     status, out, err = run("eval.py", "--checkpoint", street / "good.pt", "--data-path", street, "--json",
-                           tmp_path / "r.json")
+                           tmp_path / "r.json", env={"PYTHONIOENCODING": "ascii"})
     assert status == 0, err
     result = json.loads((tmp_path / "r.json").read_text())
     for name in ("aAcc", "mIoU", "mAcc"):
         assert f"{name} {result[name]:.2f} %" in out
     for name, figures in result["classes"].items():
-        assert f"{name:<28}{figures['IoU']:8.2f}{figures['Acc']:8.2f}" in out
-    assert result["short_side"] == 40 and result["images"] == 3
+        cells = ["-" if value is None else f"{value:.2f}" for value in figures.values()]
+        name = name.encode("ascii", "backslashreplace").decode()        # what such a terminal cannot print is escaped
+        assert [line for line in out.splitlines() if line.split() == [name, *cells]], out
+    confusion = np.array(result["confusion"])
+    assert 100 * np.trace(confusion) / confusion.sum() == pytest.approx(result["aAcc"], abs=0.005)
+    assert result["short_side"] == 40 and result["images"] == 3 and f"loss {result['loss']:.4f}" in out
 
 
-def test_eval_draws_images(street, tmp_path):
-    status, out, err = run("eval.py", "--checkpoint", street / "good.pt", "--images", street / "images" / "validation",
-                           "--save-dir", tmp_path)
-    assert status == 0, err
-    label = Image.open(tmp_path / "1.png")
+def test_eval_draws_images(street, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    (photos / "a/b").mkdir(parents=True)
+    shutil.copy(street / "images/validation/1.png", photos / "1.png")
+    turned = Image.open(street / "images/validation/1.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                    # the camera was held upright
+    turned.save(photos / "a/b/1.png", exif=exif)
+    call = ["--checkpoint", street / "good.pt", "--images", photos, "--save-dir", photos / "drawn", "--probabilities"]
+    for _ in range(2):                                                  # the second does not draw what the first drew
+        eval.main([str(argument) for argument in call])
+    assert "2 label maps (ids 1..4)" in capsys.readouterr().out
+    drawn = photos / "drawn"
+    label = Image.open(drawn / "1.png")
     ids = np.array(label)
     assert label.mode == "P" and ids.shape == (40, 51)
     assert ids.min() >= 1 and ids.max() <= 4     # the ids of the data set's masks
     assert label.getpalette()[3:15] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
-    assert Image.open(tmp_path / "1_overlay.png").size[0] >= 200
+    assert Image.open(drawn / "1_overlay.png").size[0] >= 200
+    assert Image.open(drawn / "a/b/1.png").size == (40, 51)
+    shares = np.load(drawn / "1.npz")["probabilities"]
+    assert shares.dtype == np.float16 and shares.shape == (4, 10, 13)   # a quarter of 40 x 51
+    assert np.abs(shares.sum(0) - 1).max() < 0.01
+    nearest = shares.argmax(0)[np.minimum(np.arange(40) // 4, 9)][:, np.minimum(np.arange(51) // 4, 12)]
+    assert (nearest + 1 == ids).mean() > 0.8
 
 
 def test_eval_mistakes_are_one_line(street, tmp_path):
@@ -2611,8 +2708,15 @@ def test_eval_mistakes_are_one_line(street, tmp_path):
     refused(wrong("--checkpoint", street / "good.pt", "--images", tmp_path / "some", "--save-dir", tmp_path / "drawn"),
             "a.png", "1 of 2 files could not be drawn")
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"b.png", "b_overlay.png"}
-    refused(wrong("--checkpoint", street / "good.pt", "--data-path", street, "--workers", "0", "--json",
-                  tmp_path / "none/r.json"), "--json")
+    measure = "--checkpoint", street / "good.pt", "--data-path", street, "--workers", "0"
+    refused(wrong(*measure, "--json", tmp_path / "none/r.json"), "--json")
+    draw = "--checkpoint", street / "good.pt", "--images", tmp_path / "some"
+    for call in ((*measure, "--task", "cls"), (*measure, "--num-classes", "4"), (*measure, "--head", "fpn"),
+                 (*measure, "--probabilities"), (*measure, "--save-dir", "x"), (*draw, "--json", "x"),
+                 (*draw, "--split", "train"), (*draw, "--batch-size", "2"), (*draw, "--workers", "0"),
+                 (*draw, "--zero-is-class")):
+        refused(wrong(*call), call[6 if call[:6] == measure else 4], "no effect", "leave it out")
+    refused(wrong("--checkpoint", street / "good.pt", "--images", tmp_path / "none"), "--images", "none", "no such file")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2799,6 +2903,20 @@ def test_flops_command(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["size"] == [64, 96]
     with pytest.raises(UserError, match="segformer_b99.*segformer_b0"):
         flops.main(["--model", "segformer_b99"])
+    flops.main(["--rows", "segformer_b0", "pvt_v2_b[01]", "--size", "64", "--latency", "2", "--amp", "bf16", "--json",
+                str(tmp_path / "a.json")])
+    out, table = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
+    assert [row["model"] for row in table] == ["segformer_b0", "pvt_v2_b0", "pvt_v2_b1"] and "bfloat16" in out
+    for row in table:
+        times = row["latency"]
+        assert times["quartiles_ms"][0] <= times["median_ms"] <= times["quartiles_ms"][1]
+        assert row["macs"] == flops.count(on_meta(row["model"]), (64, 64)).macs
+        assert f"{times['median_ms']:.1f}" in next(line for line in out.split("medians")[1].splitlines()
+                                                   if line.startswith(row["model"]))
+    flops.main(["--model", "segformer_b0", "--sizes", "96", "64", "--json"])
+    assert [row["size"] for row in json.loads(capsys.readouterr().out)] == [[64, 64], [96, 96]]
+    for call in ("--batch-size 2", "--all --model segformer_b0", "--baseline segformer_b0", "--sizes 64 --size 32"):
+        refused(lambda: flops.main(call.split()), "no effect")
     one_line_error(run("flops.py", "--attn", "magic"), "--attn", "magic", "sra")
 
 
