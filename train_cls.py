@@ -252,7 +252,7 @@ def main(argv=None):
 
         # Validate on all processes, each on its share of the images. Each process has updated
         # its BatchNorm statistics by its own batches: all take those of process 0.
-        evaluated = average if average else model
+        evaluated = (average if average else model).eval()
         data.share_buffers(model)
         data.share_buffers(evaluated)
         metrics, improved = {}, False
