@@ -131,8 +131,8 @@ def _join(rank, world, device, timeout):
         _store.wait(keys, wait)
         waiting = False
         gpu = device if device.type == "cuda" else None
-        dist.init_process_group("nccl" if gpu else "gloo", store=_store, rank=rank, world_size=world,
-                                timeout=timedelta(seconds=timeout), device_id=gpu)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout),
+                                store=_store, rank=rank, world_size=world, device_id=gpu)
     except (RuntimeError, ValueError) as error:
         reason = f"no sign of process {_missing(keys)}" if waiting else str(error).split("\n")[0]
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -228,7 +228,7 @@ class Stopped(BaseException):
     advice: how to go on, for the line that `run` prints.
     """
 
-    def __init__(self, signum, advice="nothing more was saved"):
+    def __init__(self, signum, advice="a training run goes on with the same command"):
         super().__init__(f"stopped by {signal.Signals(signum).name}: {advice}")
         self.signum = signum
 
@@ -320,18 +320,19 @@ def _report(error):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # the loader's would take it for a crash
     for child in multiprocessing.active_children():
         child.kill()
-    try:
+    if isinstance(error, BrokenPipeError):    # `| head` has read enough: no word, not at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    with suppress(OSError):
         sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for Python's own flush
-        if isinstance(error, BrokenPipeError):
-            return 128 + signal.SIGPIPE      # quietly, as in `| head`
     # Mostly all processes meet the same mistake: torchrun ends the others when one has left, before
     # they say it too.
     time.sleep(min(1, int(os.environ.get("LOCAL_RANK", 0))))
     line = _explained(error)
     with suppress(OSError):    # stderr may be closed as well
-        if line is None:
+        if isinstance(error, Stopped) and os.environ.get("RANK", "0") != "0":
+            pass               # it stops all processes, and process 0 says so
+        elif line is None:
             traceback.print_exception(error)
         else:
             print(line, file=sys.stderr, flush=True)
@@ -345,7 +346,9 @@ FAULTS = {    # what the type and message of a library's error contain: what is 
     "^MemoryError|can't allocate memory|not enough memory": f"out of memory; {LESS}",
     "DataLoader worker .*(exited|killed)|shared memory|Too many open files|ancdata":
         "a loader's process died (out of memory, of /dev/shm or of open files?); try a lower "
-        "--workers, or 0"}
+        "--workers, or 0",
+    "deterministic implementation":
+        "--deterministic: a block of this model cannot be so on CUDA; leave the flag out"}
 
 
 def _explained(error):
@@ -571,20 +574,24 @@ def scan(folder, extensions):
     return files, problems
 
 
-# ---- Training views for segmentation -------------------------------------------------------------------------------
+# ---- Training views for segmentation -------------------------------------------------------------
 
-YIQ = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
+YIQ = np.array([[0.299, 0.587, 0.114],
+                [0.595716, -0.274453, -0.321263],
+                [0.211456, -0.522591, 0.311135]])
 RGB = np.linalg.inv(YIQ)
 TRIES = 10            # crops drawn in search of one with at most LARGEST of a single class
 LARGEST = 0.75
 
 
 def color_affine(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
-    """Brightness (added, of 255), contrast and saturation (factors), hue (radians) as x -> A x + b on RGB in 0..255.
+    """A distortion of colours as x -> A x + b on RGB in 0..255. -> A (3, 3), b (3,)
 
-    A = contrast * Y^-1 diag(1, saturation * rotation(hue)) Y with Y = RGB -> YIQ (the NTSC matrix); b = A (1, 1, 1) *
-    brightness. Departure from the HSV arithmetic of mmseg's PhotoMetricDistortion: hue turns the chroma plane and saturation
-    scales it, at constant luma. Being linear, the contrast may come before or after (mmseg tosses a coin for the order).
+    Brightness is added (of 255), contrast and saturation are factors, hue is an angle in radians:
+    A = contrast * Y^-1 diag(1, saturation * rotation(hue)) Y with Y = RGB -> YIQ (the NTSC matrix),
+    b = A (1, 1, 1) * brightness. mmseg's PhotoMetricDistortion computes in HSV; here hue turns the
+    chroma plane and saturation scales it, at constant luma, so that all of it is one linear map.
+    For that reason the contrast may come before or after (mmseg tosses a coin for the order).
     """
     cos, sin = saturation * math.cos(hue), saturation * math.sin(hue)
     matrix = contrast * RGB @ [[1, 0, 0], [0, cos, -sin], [0, sin, cos]] @ YIQ
@@ -592,41 +599,60 @@ def color_affine(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
 
 
 def random_color(rng):
-    """Arguments of color_affine with the ranges of PhotoMetricDistortion, each applied with probability 1/2."""
+    """Arguments of color_affine, each with probability 1/2, in PhotoMetricDistortion's ranges."""
     apply = rng.random(4) < 0.5
-    value = rng.uniform([-32, 0.5, 0.5, -math.pi / 5], [32, 1.5, 1.5, math.pi / 5])    # hue: 18 of OpenCV's 180 = 36 degrees
+    hue = math.pi / 5               # 18 of OpenCV's 180 steps are 36 degrees
+    value = rng.uniform([-32, 0.5, 0.5, -hue], [32, 1.5, 1.5, hue])
     return np.where(apply, value, [0, 1, 1, 0])
 
 
-def color_and_normalise(image, matrix, offset, view):
-    """(h, w, 3) uint8 -> the top left of `view`, float32 (3, H, W): distortion and normalisation as one affine map.
-
-    The distorted colours are clipped to 0..255 once, here, and not after each step of the distortion. Done in strips: the
-    page faults of fresh large buffers cost more than the arithmetic.
-    """
-    h, w = image.shape[:2]
+def color_matrix(matrix, offset):
+    """A distortion, followed by the normalisation with ImageNet's statistics. -> float32 (3, 4)"""
     mean, std = MEAN.numpy()[:, 0], STD.numpy()[:, 0]    # (3, 1)
-    weight = torch.from_numpy((matrix / (255 * std)).astype(np.float32))
-    bias = torch.from_numpy(((offset[:, None] / 255 - mean) / std).astype(np.float32))
-    low, high = (-mean / std).flatten().tolist(), ((1 - mean) / std).flatten().tolist()
-    for rows, out in zip(image.split(256), view[:, :h, :w].split(256, 1)):
-        planes = torch.empty(out.shape).copy_(rows.permute(2, 0, 1)).view(3, -1)
-        planes = torch.addmm(bias, weight, planes).view(out.shape)
-        for c in range(3):
-            torch.clamp(planes[c], low[c], high[c], out=out[c])
+    weight, bias = matrix / (255 * std), (offset[:, None] / 255 - mean) / std
+    return torch.from_numpy(np.concatenate([weight, bias], 1).astype(np.float32))
 
 
-def training_view(image, labels, crop, rng, scale=(0.5, 2.0)):
-    """An opened PIL image and its labels (h, w) uint8 -> float32 (3, crop, crop), int64 (crop, crop).
+def normalise(images, colour=None):
+    """uint8 images -> float32 with ImageNet's statistics, on the same device.
 
-    Resize to scale * (4 crop, crop) = (long, short side) keeping the ratio, crop, flip, distort the colours, normalise, pad
-    right and below with 0 / 255. Only what the crop shows is cut out and resized: the corner is drawn on source pixels, so the
-    sampling grid is that of resizing the whole image (antialiased bilinear; the labels nearest), up to the taps beyond the
-    cut at the corner's two edges. A JPEG that shrinks by 2 or more is decoded at 1/2, 1/4 or 1/8 by libjpeg (`draft`: a
-    low-pass of its own, within about one grey level of the filter that it replaces) and resized from there.
+    images (..., 3, H, W) alone are normalised only. Training views (B, 4, H, W) with their colour
+    (B, 3, 4) are distorted as well, by one affine map: the fourth plane of a view is 1 where the
+    image is, so that its padding becomes 0. Distorted colours are clipped once, here, and not after
+    each part of the distortion. -> (B, 3, H, W), channels_last
+    """
+    mean, std = MEAN.flatten().tolist(), STD.flatten().tolist()
+    if colour is None:
+        images = images.float()
+        for c, (scale, shift) in enumerate(zip(1 / (255 * STD), MEAN / STD)):
+            images[..., c, :, :].mul_(scale.item()).sub_(shift.item())    # on a GPU no upload
+        return images
+    planes, colour = images.float(), colour[..., None, None]
+    out = colour[:, :, 3] * planes[:, 3:]
+    for k in range(3):
+        out.addcmul_(colour[:, :, k], planes[:, k:k + 1])
+    for c in range(3):
+        out[:, c].clamp_(-mean[c] / std[c], (1 - mean[c]) / std[c])
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def training_view(image, labels, crop, rng, scale=(0.5, 2.0), base=None):
+    """An opened PIL image and its labels (h, w) uint8 -> view, labels, colour for a training step.
+
+    Resize to scale * (4 base, base) = (long, short side) keeping the ratio, base = crop if None;
+    crop, flip, pad right and below. The view is uint8 (4, crop, crop): RGB, and 1 where the image
+    is; labels uint8 (crop, crop), padded with 255; colour float32 (3, 4), for `normalise`, which
+    distorts the colours where the model runs.
+
+    Only what the crop shows is cut out and resized: the corner is drawn on source pixels, so the
+    sampling grid is that of resizing the whole image (antialiased bilinear; the labels nearest), up
+    to the taps beyond the cut at the corner's two edges. A JPEG that shrinks by 2 or more is
+    decoded at 1/2, 1/4 or 1/8 by libjpeg (`draft`: a low-pass of its own, within about one grey
+    level of the filter that it replaces) and resized from there.
     """
     w, h = image.size
-    factor = rng.uniform(*scale) * min(4 * crop / max(w, h), crop / min(w, h))
+    base = base or crop
+    factor = rng.uniform(*scale) * min(4 * base / max(w, h), base / min(w, h))
     size = max(1, int(h * factor + 0.5)), max(1, int(w * factor + 0.5))
     image.draft(None, size[::-1])
     unit = round(w / image.size[0])    # source pixels per decoded pixel
@@ -637,18 +663,19 @@ def training_view(image, labels, crop, rng, scale=(0.5, 2.0)):
     for attempt in range(TRIES + 1):
         corner = [int(rng.integers(n + 1)) * unit for n in span]
         rows, columns = corner[0] + grid[0], corner[1] + grid[1]
-        if attempt == TRIES or _varied(labels[rows[::4]][:, columns[::4]]):    # a sixteenth of the pixels will do
+        # A sixteenth of the pixels is enough to see whether one class covers the crop.
+        if attempt == TRIES or _varied(labels[rows[::4]][:, columns[::4]]):
             break
     flip = rng.random() < 0.5
     if flip:
         columns = w - 1 - columns
     part = _resized_part(image, corner, shape, step, unit, flip)
-    view, target = torch.empty(3, crop, crop), torch.empty(crop, crop, dtype=torch.int64)
-    color_and_normalise(part, *color_affine(*random_color(rng)), view)
+    view = torch.zeros(4, crop, crop, dtype=torch.uint8)
+    view[:3, :shape[0], :shape[1]] = part.permute(2, 0, 1)
+    view[3, :shape[0], :shape[1]] = 1
+    target = torch.full((crop, crop), IGNORED, dtype=torch.uint8)
     target[:shape[0], :shape[1]] = torch.from_numpy(labels.take(columns, 1).take(rows, 0))
-    view[:, shape[0]:], view[:, :, shape[1]:] = 0, 0
-    target[shape[0]:], target[:, shape[1]:] = IGNORED, IGNORED
-    return view, target
+    return view, target, color_matrix(*color_affine(*random_color(rng)))
 
 
 def _varied(labels):
@@ -657,28 +684,26 @@ def _varied(labels):
 
 
 def _resized_part(image, corner, shape, step, unit, flip):
-    """Cut and resize what the view shows -> (h, w, 3) uint8. torch's uint8 kernel is 4 times as fast as Pillow's resize."""
+    """Cut out and resize what the view shows. -> (h, w, 3) uint8"""
     (y, x), (height, width) = (c // unit for c in corner), image.size[::-1]
     step = [s / unit for s in step]
-    taps = [math.ceil((n + 1) * s + max(1, s)) for n, s in zip(shape, step)]    # decoded pixels that the view reads
+    taps = [math.ceil((n + 1) * s + max(1, s)) for n, s in zip(shape, step)]    # pixels to be read
     bottom, right = min(height, y + taps[0]), min(width, x + taps[1])
-    box = (width - right, y, width - x, bottom) if flip else (x, y, right, bottom)
+    box = (x, y, right, bottom)
+    if flip:
+        box = (width - right, y, width - x, bottom)
     part = image.crop(box)
     if part.mode != "RGB":    # convert would copy all the same
         part = part.convert("RGB")
     if flip:
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    part = torch.from_numpy(np.array(part))[None].permute(0, 3, 1, 2)    # this order of views: strides of channels_last
-    # The factor, not the size, fixes the grid; 1e-9 keeps floor(pixels * factor) from losing the last pixel to rounding.
+    # torch's uint8 kernel is 4 times as fast as Pillow's resize. It wants channels_last, which this
+    # order of views gives; the factor, not the size, fixes its grid, and 1e-9 keeps
+    # floor(pixels * factor) from losing the last pixel to rounding.
+    part = torch.from_numpy(np.array(part))[None].permute(0, 3, 1, 2)
     factor = [1 / s * (1 + 1e-9) for s in step]
     part = F.interpolate(part, scale_factor=factor, mode="bilinear", antialias=True)
     return part.permute(0, 2, 3, 1)[0, :shape[0], :shape[1]]
-
-
-def normalise(images):
-    """uint8 (..., 3, H, W) -> float32 with ImageNet statistics, on the same device and in the same memory layout."""
-    scale, offset = 1 / (255 * STD), MEAN / STD
-    return images.float().mul_(scale.to(images.device)).sub_(offset.to(images.device))
 
 
 # ---- Segmentation data in folders ----------------------------------------------------------------------------------
@@ -717,13 +742,15 @@ class FolderSegmentation(EpochDataset):
 
     split: "train" or "val". By default id 0 of a mask is "unlabelled" and id k is class k-1; zero_is_class=True keeps the ids.
     255 is ignored either way. The number of classes is that of the names' file, else that of the largest id in the masks.
-    Item without crop: (image uint8 (3, H, W), label int64 (H, W), path of the image); with crop: `training_view`.
+    Item without crop: (image uint8 (3, H, W), label uint8 (H, W), path of the image); with crop: `training_view`.
     classes: their names, where another split has found them already.
     A bad file raises UserError with its name; strict=False collects files without a partner in .problems instead.
     """
 
-    def __init__(self, root, split, crop=None, seed=0, zero_is_class=False, strict=True, classes=None):
+    def __init__(self, root, split, crop=None, seed=0, zero_is_class=False, strict=True, classes=None,
+                 scale_base=None):
         self.root, self.split, self.crop, self.seed, self.zero_is_class = Path(root), split, crop, seed, zero_is_class
+        self.scale_base = scale_base
         images, masks = split_folders(self.root, split)
         self.paths, self.problems = pair(images, masks)
         if self.problems and strict:
@@ -753,9 +780,10 @@ class FolderSegmentation(EpochDataset):
                 raise UserError(f"{shown(mask_path)}: the mask is {mask_w}x{mask_h}, its image {shown(path)} is {w}x{h}; "
                                 "they must be equal")
             if self.crop:
-                return training_view(image, labels, self.crop, self.rng(epoch, view, index))
+                rng = self.rng(epoch, view, index)
+                return training_view(image, labels, self.crop, rng, base=self.scale_base)
             pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        return pixels, torch.from_numpy(labels).long(), str(path)
+        return pixels, torch.from_numpy(labels), str(path)
 
     def labels(self, path):
         """A mask file as labels: (H, W) uint8, 0..K-1 and 255."""
@@ -866,7 +894,7 @@ class Shapes(EpochDataset):
         if self.crop:
             return training_view(Image.fromarray(image.numpy()), labels.numpy(), self.crop, self.rng(epoch, view, index),
                                  scale=(0.8, 1.25))
-        return image.permute(2, 0, 1), labels.long(), f"shapes/{self.split}/{index:05d}"
+        return image.permute(2, 0, 1), labels, f"shapes/{self.split}/{index:05d}"
 
 
 def draw_shapes(split, index, size):
@@ -941,9 +969,11 @@ class LargestShape(EpochDataset):
         return len(self.shapes)
 
     def __getitem__(self, key):
-        image, labels, *_ = self.shapes[key]
+        image, labels, *rest = self.shapes[key]
         counts = labels.flatten().bincount(minlength=256)[2:2 + self.num_classes]
-        if not image.is_floating_point():
+        if self.shapes.crop:
+            image = normalise(image[None], rest[0][None])[0]
+        else:
             image = normalise(image)
         return image, int(counts.argmax())
 

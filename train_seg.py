@@ -58,7 +58,7 @@ def load_datasets(args):
     if args.data_path is None:
         return data.Shapes("train", args.crop, args.seed), data.Shapes("val")
     train = data.FolderSegmentation(args.data_path, "train", args.crop, args.seed,
-                                    args.zero_is_class)
+                                    args.zero_is_class, scale_base=args.scale_base)
     val = data.FolderSegmentation(args.data_path, "val", zero_is_class=args.zero_is_class,
                                   classes=train.classes)
     return train, val
@@ -190,7 +190,7 @@ def main(argv=None):
                 # Count the labelled pixels of all passes over all processes: the loss is the mean
                 # over all of them, however they are spread. A request to stop travels with the
                 # count, so that all processes stop after the same step.
-                labelled = sum((labels != data.IGNORED).sum().double() for _, labels in passes)
+                labelled = sum(criterion.count(labels) for _, labels, _ in passes)
                 shared = torch.stack([labelled, labelled.new_full((), data.STOP.pending())])
                 if world > 1:
                     dist.all_reduce(shared)
@@ -198,8 +198,8 @@ def main(argv=None):
 
                 # Forward and backward, pass by pass; the gradients add up in the parameters.
                 loss = torch.zeros((), device=device)
-                for i, (images, labels) in enumerate(passes):
-                    images = images.contiguous(memory_format=torch.channels_last)
+                for i, (views, labels, colour) in enumerate(passes):
+                    images = data.normalise(views, colour)
                     # The processes exchange gradients once a step, in the last pass.
                     waits = world > 1 and i < args.accum - 1
                     with net.no_sync() if waits else contextlib.nullcontext():
