@@ -11,6 +11,7 @@ index): it does not depend on the number of workers, on the order of requests or
 import argparse
 import colorsys
 import ctypes
+import itertools
 import json
 import math
 import multiprocessing
@@ -1138,6 +1139,103 @@ def legend(classes, colors, width=800, column=190):
             name = name[:-2] + "\u2026" if name[-1] == "\u2026" else name[:-1] + "\u2026"
         draw.text((x + 28, y + 2), name, "black", font)
     return np.array(sheet)
+
+
+INKS = "#1f5fbf", "#d0442f", "#2f8f4f", "#8a4fb0", "#b07800", "#555555"    # of a plot's series
+
+
+def drawable(text, font, width):
+    """A name as a font can draw it: one line of printable characters, cut to a width in pixels."""
+    text = "".join(c if c.isprintable() else "?" for c in str(text)[:200])
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text[:-2] + "\u2026"
+    return text
+
+
+def ticks(low, high):
+    """Some round numbers, a step of 1, 2 or 5 times a power of 10 apart, that enclose a range."""
+    span = high - low or abs(high) or 1
+    power = 10.0 ** math.floor(math.log10(span / 2))
+    step = power * next(k for k in (1, 2, 5, 10) if span <= 5 * k * power)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [k * step for k in range(first, max(last, first + 1) + 1)]
+
+
+def plot(path, series, x_label, y_label, lines=True, title=""):
+    """Draw series, {name: [(x, y) or (x, y, label), ...]}, as lines or else as points.
+
+    path: where the PNG goes, or None. Points that are not finite are left out. -> Pillow's image
+    """
+    width, height, font = 1440, 960, ImageFont.load_default(26)
+    left, top, right, bottom = 120, 120, 1390, 850
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    series = {name: [p for p in points if math.isfinite(p[0] + p[1])]
+              for name, points in series.items()}
+    values = np.array([p[:2] for points in series.values() for p in points] or [(0, 0)], float)
+    xs, ys = (ticks(v.min(), v.max()) for v in values.T)
+
+    def place(x, y):
+        return (left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left),
+                bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top))
+
+    for x in xs:
+        at, _ = place(x, ys[0])
+        draw.line((at, top, at, bottom), "#e4e4e4", 2)
+        draw.text((at, bottom + 14), f"{x:.6g}", "black", font, "mt")
+    for y in ys:
+        _, at = place(xs[0], y)
+        draw.line((left, at, right, at), "#e4e4e4", 2)
+        draw.text((left - 14, at), f"{y:.6g}", "black", font, "rm")
+    draw.line((left, top, left, bottom, right, bottom), "black", 3)
+    draw.text(((left + right) / 2, height - 20), x_label, "black", font, "ms")
+    draw.text((20, top - 24), y_label, "black", font, "ls")
+    draw.text((width / 2, 20), drawable(title, font, width), "black", font, "mt")
+    end, taken, labels = right, [], []
+    for (name, points), ink in zip(series.items(), itertools.cycle(INKS)):
+        name = drawable(name, font, 300)
+        draw.text((end, top - 24), name, ink, font, "rs")
+        end -= font.getlength(name) + 40
+        spots = [place(x, y) for x, y, *_ in points]
+        if lines and len(spots) > 1:
+            draw.line(spots, ink, 5, "curve")
+        else:
+            for x, y in spots:
+                taken.append((x - 8, y - 8, x + 8, y + 8))
+                draw.ellipse(taken[-1], ink)
+        labels += [(spot, text, ink) for spot, (_, _, *rest) in zip(spots, points)
+                   for text in rest]
+    for (x, y), text, ink in labels:      # beside its point, where nothing else has been drawn
+        text = drawable(text, font, 400)
+        tries = [((x + 14, y), "lm"), ((x - 14, y), "rm"), ((x, y - 14), "ms"), ((x, y + 14), "mt")]
+        for spot, anchor in [*tries, tries[0]]:
+            box = draw.textbbox(spot, text, font, anchor)
+            if left < box[0] and box[2] < width and not any(_overlap(box, b) for b in taken):
+                break
+        draw.text(spot, text, ink, font, anchor)
+        taken.append(box)
+    sheet = sheet.reduce(2)      # drawn at twice the size, as Pillow's edges are hard
+    if path:
+        sheet.save(path, "PNG")
+    return sheet
+
+
+def _overlap(a, b):
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def draw_curves(path, rows, metric):
+    """Draw the loss and a metric over the epochs of a run's log; a row may lack the metric."""
+    def curve(key):
+        return [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+
+    above = plot(None, {"training": curve("loss"), "validation": curve("val_loss")},
+                 "epoch", "loss")
+    below = plot(None, {"validation": curve(metric)}, "epoch", f"{metric} (%)")
+    sheet = Image.new("RGB", (above.width, 2 * above.height))
+    sheet.paste(above)
+    sheet.paste(below, (0, above.height))
+    sheet.save(path, "PNG")
 
 
 # ---- python data.py: check a data set ------------------------------------------------------------------------------

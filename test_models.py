@@ -2259,6 +2259,21 @@ def test_shapes_are_pure_functions_of_split_and_index():
         assert (means[pair[0]] - means[pair[1]]).abs().max() < 15
 
 
+def test_plot_puts_points_where_the_axes_say(tmp_path):
+    assert data.ticks(0.2, 29) == [0, 10, 20, 30] and data.ticks(7, 7)[0] <= 7 < data.ticks(7, 7)[-1]
+    points = {"a": [(0, 0)], "b": [(30, 4)], "c": [(20, 1)], "d\n\ud800": [(8, 3, "x" * 20000), (float("nan"), 1)]}
+    data.plot(tmp_path / "plot.png", points, "x", "y", lines=False)
+    pixels = np.array(Image.open(tmp_path / "plot.png")).astype(int)[50:440]    # without the names of the series
+    origin, end, third = (np.argwhere((pixels == ink).all(2)).mean(0) for ink in (
+        (31, 95, 191), (208, 68, 47), (47, 143, 79)))
+    assert abs(third - origin - (end - origin) * (1 / 4, 2 / 3)).max() < 1
+    gray = (pixels == 228).all(2)                               # the ticks' lines
+    assert abs(end - (np.flatnonzero(gray.mean(1) > 0.6)[0], np.flatnonzero(gray.mean(0) > 0.6)[-1])).max() <= 1
+    rows = [{"epoch": k, "loss": 1 / k, **({"mIoU": 5.0 * k} if k % 2 else {})} for k in range(1, 5)]
+    data.draw_curves(tmp_path / "curve.png", rows, "mIoU")
+    data.draw_curves(tmp_path / "curve.png", rows[1:2], "mIoU")    # no metric yet
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # data.py: the check of a data set
 # ---------------------------------------------------------------------------------------------------------------------
