@@ -174,11 +174,11 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def run(script, *arguments, env={}, **more):
-    """A script as a user starts it -> (exit status, stdout, stderr)."""
-    done = subprocess.run([sys.executable, os.path.join(HERE, script), *map(str, arguments)], capture_output=True,
-                          text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env, **more)
+def run(script, *arguments, processes=0, timeout=120, env={}):
+    """A script as a user starts it, alone or by torchrun, within the seconds -> (exit status, stdout, stderr)."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    done = subprocess.run([sys.executable, *torchrun, os.path.join(HERE, script), *map(str, arguments)], text=True,
+                          capture_output=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -933,38 +933,25 @@ def test_parameter_counts(name):
     assert encoder == GOLDEN["encoders"].get(name, encoder)
 
 
-@pytest.mark.parametrize("slots, words", [
-    ({"attn": "nonsense"}, ["--attn 'nonsense'", "sra"]), ({"head": "mlp,mlp"}, ["--head", "one word"]),
-    ({"attn": "sra,sra"}, ["--attn", "four"]), ({"colour": "red"}, ["colour", "embed"])])
-def test_unknown_words_list_the_known(slots, words):
-    with pytest.raises(UserError) as error:
-        models.build("segformer_b0", **slots)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
-    with pytest.raises(UserError, match="segformer_b0, segformer_b1"):
-        models.build("segformer_b9")
-
-
 @pytest.mark.parametrize("slot", models.SLOTS)
 def test_a_misspelt_word_lists_the_words(slot):
     stages = "nonsense" if slot == "head" else ",".join([*list(models.SLOTS[slot])[:1] * 3, "nonsense"])
     for words in ("nonsense", stages):
-        with pytest.raises(UserError) as error:
-            models.make_spec("segformer_b0", **{slot: words})
-        assert all(word in str(error.value) for word in (f"--{slot}", "'nonsense'", ", ".join(models.SLOTS[slot])))
+        refused(lambda: models.build("segformer_b0", **{slot: words}), f"--{slot}", "'nonsense'",
+                ", ".join(models.SLOTS[slot]))
 
 
-def next_vit_rows():
-    return [name for name, spec in models.MODELS.items() if models.SIZES[spec.size].groups]
+def test_slots_that_do_not_exist():
+    refused(lambda: models.build("segformer_b0", head="mlp,mlp"), "--head", "one word")
+    refused(lambda: models.build("segformer_b0", attn="sra,sra"), "--attn", "four")
+    refused(lambda: models.build("segformer_b0", colour="red"), "colour", "embed")
+    refused(lambda: models.build("segformer_b9"), "segformer_b0, segformer_b1")
 
 
-@pytest.mark.parametrize("name", next_vit_rows())
-@pytest.mark.parametrize("slot, word",
-                         [("ffn", "mix"), ("norm", "ln"), ("skip", "scaled"), ("skip", "pre,pre,recursive,pre")])
+@pytest.mark.parametrize("name", [name for name, spec in models.MODELS.items() if models.SIZES[spec.size].groups])
+@pytest.mark.parametrize("slot, word", [("ffn", "mix"), ("norm", "ln"), ("skip", "pre,pre,recursive,pre")])
 def test_slots_that_cannot_go_together(name, slot, word):
-    with pytest.raises(UserError) as error:
-        models.make_spec(name, **{slot: word})
-    assert all(part in str(error.value) for part in (f"--{slot} {word}", f"--model {name}", "Next-ViT"))
-    assert "\n" not in str(error.value)
+    refused(lambda: models.make_spec(name, **{slot: word}), f"--{slot} {word}", f"--model {name}", "Next-ViT")
     row = models.MODELS[name]
     assert models.make_spec(name, **{s: getattr(row, s) for s in models.SLOTS}) == row  # its own words may be said
     assert models.make_spec(name, attn="lsra", embed="overlap", head="ham").words("attn") == ("lsra",) * 4
@@ -984,21 +971,12 @@ def test_an_encoder_does_not_depend_on_its_head(name):
     assert len({tuple(on_meta(name, head=head).encoder.state_dict()) for head in layers.HEAD}) == 1
 
 
-def test_initialisation_is_the_original_one():
+def test_the_head_begins_as_the_original_one():
     torch.manual_seed(0)
-    model = models.build("segformer_b1")
-    std = {k: v.std().item() for k, v in model.state_dict().items() if k.endswith("weight") and v.ndim == 4}
-    for key, value in std.items():
-        weight = model.state_dict()[key]
-        fan_out = weight.shape[0] * weight[0, 0].numel() // (weight.shape[0] if "dwconv" in key else 1)
-        if key.startswith("encoder"):
-            expected = 0.02 if weight.shape[2] == 1 else (2 / fan_out) ** 0.5
-        elif "fuse" in key:
-            expected = (2 / fan_out) ** 0.5
-        else:
-            expected = (1 / 3 / weight.shape[1]) ** 0.5             # PyTorch's default: uniform ± 1 / sqrt(fan_in)
-        assert value == pytest.approx(expected, rel=0.1), key
-    assert all((v == 0).all() for k, v in model.state_dict().items() if k.startswith("encoder") and k.endswith("bias"))
+    for key, weight in models.build("segformer_b1").head.state_dict().items():
+        if weight.ndim == 4:        # PyTorch's default is uniform within 1 / sqrt(fan_in), of both signs
+            expected = 2 / len(weight) if "fuse" in key else 1 / 3 / weight.shape[1]
+            assert weight.std().item() == pytest.approx(expected ** 0.5, rel=0.1), key
 
 
 # eps of the LayerNorms of blocks and stages, of others; {end: std}
@@ -1034,14 +1012,12 @@ def test_families_begin_as_their_own_code_does(name, blocks, inner, std):
 
 
 @pytest.mark.parametrize("name, cls, seg, norms", [  # last drop-path rate; the stages that end in a norm for (cls, seg)
-    ("segformer_b1", .1, .1, ("0123", "0123")), ("pvt_v2_b1", .1, .1, ("0123", "0123")),
-                                                   ("pvt_v2_b3", .3, .1, ("0123", "0123")),
-    ("segnext_t", .1, .1, ("0123", "0123")), ("segnext_l", .2, .3, ("0123", "0123")),
-                                                   ("nextvit_s", .1, .2, ("3", "0123")),
-    ("nextvit_b", .2, .2, ("3", "0123")), ("swin_t", .2, .3, ("3", "0123")), ("swin_b", .5, .3, ("3", "0123")),
-    ("dest_b1", .1, .1, ("", ""))])
+    ("segformer_b1", .1, .1, "0123 0123"), ("pvt_v2_b1", .1, .1, "0123 0123"), ("pvt_v2_b3", .3, .1, "0123 0123"),
+    ("segnext_t", .1, .1, "0123 0123"), ("segnext_l", .2, .3, "0123 0123"), ("nextvit_s", .1, .2, "3 0123"),
+    ("nextvit_b", .2, .2, "3 0123"), ("swin_t", .2, .3, "3 0123"), ("swin_b", .5, .3, "3 0123"),
+    ("dest_b1", .1, .1, " ")])
 def test_families_drop_paths_and_stage_norms(name, cls, seg, norms):
-    for task, rate, where in (("cls", cls, norms[0]), ("seg", seg, norms[1])):
+    for task, rate, where in zip(("cls", "seg"), (cls, seg), norms.split(" ")):
         with torch.device("meta"):
             model = models.build(name, task)
         blocks = [block for stage in model.encoder.stages for block in stage.blocks]
@@ -2596,16 +2572,15 @@ def flop_counter_macs(model, size):
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("name, task",
-                         [(name, "seg") for name in models.MODELS] + [(name, "cls") for name in FAMILIES.values()])
+@pytest.mark.parametrize("name, task", [*((name, "seg") for name in models.MODELS),
+                                        *((name, "cls") for name in FAMILIES.values())])
 def test_count_equals_flop_counter_mode(name, task, monkeypatch):
     """With at most two blocks of a kind in a stage: more of the same take minutes and show nothing new."""
     size = models.SIZES[models.MODELS[name].size]
     with_depths(monkeypatch, name, tuple(min(depth, 2) for depth in size.depths))
     model, size = on_meta.__wrapped__(name, task), {"seg": (97, 130), "cls": (192, 256)}[task]
     counted = flops.count(model, size)
-    assert counted.macs == flop_counter_macs(model, size)
-    assert counted.params == sum(p.numel() for p in model.parameters())
+    assert counted.macs == flop_counter_macs(model, size) and counted.params == parameters(model)
 
 
 @pytest.mark.parametrize("slot, word", [(slot, word) for slot, words in models.SLOTS.items() for word in words])
@@ -2623,21 +2598,67 @@ def test_exact_counts_of_segformer_b2():
         assert flops.count(on_meta(f"segformer_b{index}", head="mlp_concat")).macs == macs
 
 
-def pixels(size):
-    """N of the four stages for a size that 32 divides."""
-    return [size[0] * size[1] // 16 // 4 ** i for i in range(4)]
+def ham_saving(size, n):
+    """HamHead's docstring: the squeeze on the deep maps, and the NMF's first X D; n: pixels of the four maps."""
+    squeeze = size.dims[2] * (n[1] - n[2]) + size.dims[3] * (n[1] - n[3])
+    width = size.decoder or layers.HEAD["ham"].width
+    return width * squeeze + n[1] * width * size.rank
 
 
-def encoder_macs(name):
-    return sum(row["macs"] for row in flops.count(on_meta(name)).rows if row["stage"])
+def lawin_saving(size, n, concat):
+    """The docstrings of LawinSumHead, LawinHead and LargeWindowAttention."""
+    width, side = size.decoder, round(n[1] ** 0.5)
+    saving = width ** 2 * (n[0] - n[1])
+    if concat:
+        return saving + 3 * width ** 2 * n[1] - width ** 2 * sum(size.dims[1:]) + width ** 2 * (n[1] - 1)
+    return saving + sum(2 * width ** 2 * (n[1] - (side // r + 8 - 8 // r) ** 2) for r in (2, 4, 8))
 
 
-# published at 512 x 512 with 150 classes, as printed by the counters that the papers used
+def dest_with_its_own_decoder(name, size, n):
+    literal = sum(row["macs"] for row in flops.count(on_meta(name)).rows if row["stage"])
+    for c, depth, heads, m in zip(size.dims, size.depths, size.heads, n):
+        literal += depth * (m * c * c - c * c + m * heads * c)  # projection at full rank, the outer product before it
+    literal += sum(m * x * x for m, x in zip(n, size.dims))     # skips: 1x1 each; then 3x3 on what was doubled
+    a, b, c, d = size.dims
+    literal += 9 * 4 * (n[3] * d * d + n[2] * (c + d) * c + n[1] * (b + c) * b + n[0] * (a + b) * a)
+    return literal + 4 * n[0] * a * 150
+
+
+def literal_macs(name):
+    """What the graph as the papers draw it costs at 512 x 512 with 150 classes."""
+    spec = models.MODELS[name]
+    size, n = models.SIZES[spec.size], [512 * 512 // 16 // 4 ** i for i in range(4)]
+    if name.startswith("dest"):
+        return dest_with_its_own_decoder(name, size, n)
+    if spec.head == "mlp":
+        return flops.count(on_meta(name, head="mlp_concat")).macs
+    literal = flops.count(on_meta(name)).macs
+    if "ham" in spec.head:
+        # torchprofile counts SegNeXt's resize to the image as well
+        literal += ham_saving(size, n) + (4 * 150 * 512 * 512 if name.startswith("segnext") else 0)
+    if "lawin" in spec.head:
+        literal += lawin_saving(size, n, spec.head == "lawin")
+    return literal
+
+
+# GMAC as printed by the counters that the papers used; those of lite_* were measured on the original project's code
+@pytest.mark.parametrize("name, published, tolerance", [
+    ("pvt_v2_b0", 24.98, .005), ("pvt_v2_b1", 34.14, .005), ("pvt_v2_b2_li", 40.84, .005), ("pvt_v2_b2", 45.63, .005),
+    ("pvt_v2_b3", 62.25, .005), ("pvt_v2_b4", 81.08, .005), ("pvt_v2_b5", 90.85, .005), ("dest_b0", 10.61, .01),
+    ("dest_b1", 30.73, .01), ("dest_b2", 37.30, .01), ("dest_b3", 43.25, .01), ("dest_b4", 49.97, .01),
+    ("dest_b5", 56.06, .01), ("lite_lsra", 57.552, 5e-4), ("lite_lsra_dest", 57.552, 5e-4),
+    ("lite_rskip", 57.552, 5e-4), ("lite_ea", 56.990, 5e-4), ("lite_lsrea", 46.491, 5e-4),
+    ("lite_lsrea_ham", 9.168, 5e-4), ("lite_final", 9.568, 5e-4)])
+def test_macs_are_the_published(name, published, tolerance):
+    assert literal_macs(name) / 1e9 == pytest.approx(published, abs=tolerance)
+
+
 @pytest.mark.parametrize("name, published", [
-    ("pvt_v2_b0", 24.98), ("pvt_v2_b1", 34.14), ("pvt_v2_b2_li", 40.84), ("pvt_v2_b2", 45.63), ("pvt_v2_b3", 62.25),
-    ("pvt_v2_b4", 81.08), ("pvt_v2_b5", 90.85)])
-def test_macs_of_pvt_v2(name, published):
-    assert round(flops.count(on_meta(name)).macs / 1e9, 2) == published
+    ("segnext_t", 6.59), ("segnext_s", 15.85), ("segnext_b", 34.90), ("segnext_l", 69.96), ("lawin_b0", 5.11),
+    ("lawin_b1", 12.44), ("lawin_b2", 44.15)])
+def test_macs_are_just_below_the_published(name, published):
+    """torchprofile counts norms and resizing too."""
+    assert 0.992 * published < literal_macs(name) / 1e9 < published
 
 
 @pytest.mark.parametrize("name, published, digits", [
@@ -2645,68 +2666,6 @@ def test_macs_of_pvt_v2(name, published):
     ("nextvit_l", 10.8, 1), ("pvt_v2_b2_li", 3.889, 3), ("segformer_b2", 3.271, 3)])
 def test_macs_of_classification(name, published, digits):
     assert round(flops.count(on_meta(name, "cls"), (224, 224)).macs / 1e9, digits) == published
-
-
-def ham_saving(dims, width, rank, n):
-    """HamHead's docstring: the squeeze on the deep maps, and the NMF's first X D."""
-    return width * (dims[2] * (n[1] - n[2]) + dims[3] * (n[1] - n[3])) + n[1] * width * rank
-
-
-@pytest.mark.parametrize("name, published",
-                         [("segnext_t", 6.59e9), ("segnext_s", 15.85e9), ("segnext_b", 34.90e9),
-                          ("segnext_l", 69.96e9)])
-def test_macs_of_segnext(name, published):
-    size, n = models.SIZES[models.MODELS[name].size], pixels((512, 512))
-    literal = flops.count(on_meta(name)).macs + ham_saving(size.dims, size.decoder, size.rank, n)
-    literal += 4 * 150 * 512 * 512              # torchprofile counts the resize to the image as well, and all norms
-    assert 0.995 * published < literal < published
-
-
-def lawin_saving(name, n):
-    """The docstrings of LawinSumHead, LawinHead and LargeWindowAttention."""
-    size, concat = models.SIZES[models.MODELS[name].size], models.MODELS[name].head == "lawin"
-    width, fused = size.decoder, sum(size.dims[1:])
-    saving = width ** 2 * (n[0] - n[1])
-    if concat:
-        return saving + 3 * width ** 2 * n[1] - width ** 2 * fused + width ** 2 * (n[1] - 1)
-    side = round(n[1] ** 0.5)
-    return saving + sum(2 * width ** 2 * (n[1] - (side // r + 8 - 8 // r) ** 2) for r in (2, 4, 8))
-
-
-@pytest.mark.parametrize("name, published", [("lawin_b0", 5.11e9), ("lawin_b1", 12.44e9), ("lawin_b2", 44.15e9)])
-def test_macs_of_lawin(name, published):
-    literal = flops.count(on_meta(name)).macs + lawin_saving(name, pixels((512, 512)))
-    assert 0.992 * published < literal < published                              # torchprofile counts norms and resizing
-
-
-@pytest.mark.parametrize("name, published",
-                         [("dest_b0", 10.61), ("dest_b1", 30.73), ("dest_b2", 37.30), ("dest_b3", 43.25),
-                                             ("dest_b4", 49.97), ("dest_b5", 56.06)])
-def test_macs_of_dest_with_its_own_decoder(name, published):
-    size, n = models.SIZES[models.MODELS[name].size], pixels((512, 512))
-    literal = encoder_macs(name)
-    for c, depth, heads, m in zip(size.dims, size.depths, size.heads, n):
-        # the projection at full rank, the outer product before it
-        literal += depth * (m * c * c - c * c + m * heads * c)
-    a, b, c, d = size.dims                                          # skips: 1x1 each; then 3x3 on what was doubled
-    literal += sum(m * x * x for m, x in zip(n, size.dims))
-    literal += 9 * (4 * n[3] * d * d + 4 * n[2] * (c + d) * c + 4 * n[1] * (b + c) * b + 4 * n[0] * (a + b)
-                    * a) + 4 * n[0] * a * 150
-    assert literal / 1e9 == pytest.approx(published, abs=0.01)
-
-
-@pytest.mark.parametrize("name, published",
-                         [("lite_lsra", 57.552), ("lite_lsra_dest", 57.552), ("lite_rskip", 57.552),
-                          ("lite_ea", 56.990),
-                                             ("lite_lsrea", 46.491), ("lite_lsrea_ham", 9.168), ("lite_final", 9.568)])
-def test_macs_of_the_original_project(name, published):
-    """Measured on its code at 512 x 512; its heads concatenate and its NMF multiplies X D twice at the start."""
-    if models.MODELS[name].head == "mlp":
-        literal = flops.count(on_meta(name, head="mlp_concat")).macs
-    else:
-        size, n = models.SIZES[models.MODELS[name].size], pixels((512, 512))
-        literal = flops.count(on_meta(name)).macs + ham_saving(size.dims, 512, size.rank, n)
-    assert round(literal / 1e9, 3) == published
 
 
 def test_counting_leaves_no_trace():
@@ -3006,10 +2965,8 @@ def test_two_processes_and_two_passes_equal_the_doubled_batch(tiny, tmp_path, mo
     if script is train_cls:
         more += ["--mixup", "0", "--cutmix", "0"]                   # the mixing is drawn for each process and pass
     (tmp_path / "two.py").write_text(TWO.format(here=HERE, script=script.__name__))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           tmp_path / "two.py",
-                           *flags(script, tiny, tmp_path / "two", *more)], capture_output=True, text=True)
-    assert done.returncode == 0 and "effective batch 4 = 2 images x 2 processes x 1 passes" in done.stdout, done.stderr
+    status, out, err = run(tmp_path / "two.py", *flags(script, tiny, tmp_path / "two", *more), processes=2)
+    assert status == 0 and "effective batch 4 = 2 images x 2 processes x 1 passes" in out, err
     monkeypatch.setattr(models, "build", still(models.build))
     train(script, tiny, tmp_path / "double", *more, "--batch-size", "4")
     train(script, tiny, tmp_path / "accum", *more, "--accum", "2")
@@ -3022,12 +2979,8 @@ def test_two_processes_and_two_passes_equal_the_doubled_batch(tiny, tmp_path, mo
 
 
 def test_mistakes_under_torchrun_come_first(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           os.path.join(HERE, "train_seg.py"),
-                           "--data-path", tmp_path / "nowhere"], capture_output=True, text=True, env=os.environ
-                          | {"OMP_NUM_THREADS": "1"})
-    lines = done.stderr.splitlines()
-    assert done.returncode != 0 and lines[0].startswith(f"error: {tmp_path}/nowhere: no such folder")
+    status, _, err = run("train_seg.py", "--data-path", tmp_path / "nowhere", processes=2)
+    assert status != 0 and err.startswith(f"error: {tmp_path}/nowhere: no such folder")
 
 
 def test_mistakes_on_the_command_line(tiny, tmp_path):
@@ -3256,12 +3209,12 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-def test_speed_memory_of_a_training_step(on_demand):
+def test_speed_memory_of_a_training_step(on_demand, tmp_path):
     """Peak resident memory of one SegFormer-B0 step at batch 8, a fresh process each."""
     pytest.importorskip("transformers")
-    here = os.path.dirname(os.path.abspath(__file__))
-    peak = [int(subprocess.run([sys.executable, "-c", MEMORY.format(here=here, ours=ours)], capture_output=True,
-                               text=True,
-                               check=True).stdout.split()[-1]) / 2 ** 20 for ours in (True, False)]
+    peak = []
+    for ours in (True, False):
+        (tmp_path / "step.py").write_text(MEMORY.format(here=HERE, ours=ours))
+        peak.append(int(run(tmp_path / "step.py")[1].split()[-1]) / 2 ** 20)
     print(f"\nsegformer_b0 step, batch 8: peak {peak[0]:.2f} GiB, transformers {peak[1]:.2f} GiB, "
           f"{peak[0] / peak[1]:.2f} of it")
