@@ -28,7 +28,9 @@ import io
 import copy
 import inspect
 import json
+import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -1195,12 +1197,31 @@ def test_autocast_is_finite_and_near(case, dtype):
 @pytest.mark.parametrize("case, task", BOTH_TASKS)
 def test_fuse_gives_the_same_outputs(case, task):
     model = copy.deepcopy(small(case, task)).double()
-    fused = models.fuse(model)
     x = images(2, 3, 33, 57).double()
-    with torch.inference_mode():
-        assert close(fused(x), model(x), 1e-10)
-    folded = [m for m in fused.modules() if isinstance(m, layers.ConvNorm)]
-    assert not fused.training and not any(isinstance(m.norm, nn.BatchNorm2d) for m in folded)
+    for unfused in (model, nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))):
+        fused = models.fuse(unfused)
+        with torch.inference_mode():
+            assert close(fused(x), model(x), 1e-10)
+        folded = [m for m in fused.modules() if isinstance(m, layers.ConvNorm)]
+        batch_norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
+        assert not fused.training and not any(isinstance(m.norm, batch_norms) for m in folded)
+
+
+@pytest.mark.parametrize("name", ["dest_b0", "segnext_t", "nextvit_s"])
+def test_checkpointing_changes_neither_gradients_nor_statistics(name):
+    """BatchNorm's statistics see each batch once, drop-path draws the same, although each block runs twice."""
+    plain = copy.deepcopy(small(name)).train()
+    again = copy.deepcopy(plain)
+    for stage in again.encoder.stages:
+        stage.checkpointing = True
+    calls = []
+    again.encoder.stages[1].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for model in (plain, again):
+        torch.manual_seed(0)
+        model(images(2, 3, 64, 64)).square().mean().backward()
+    assert len(calls) == 2
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), again.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), again.buffers()))
 
 
 @pytest.mark.parametrize("case", SMALL)
@@ -1304,7 +1325,7 @@ def test_hostile_checkpoints_are_refused_in_one_line(tmp_path, capsys):
     path.write_bytes(flipped)
     refused(path, "check sum")
     torch.save({"a": Bomb()}, path)
-    refused(path, "run code")
+    refused(path, "print")                              # the type that it asks for
     torch.save({"a": torch.zeros(1).expand(10 ** 12)}, path)
     refused(path, "claims more elements")
     with zipfile.ZipFile(io.BytesIO(good)) as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
@@ -1315,7 +1336,62 @@ def test_hostile_checkpoints_are_refused_in_one_line(tmp_path, capsys):
     refused(tmp_path, "neither")
     torch.save([1, 2], path)
     refused(path, "no state dict")
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refused(path, "git lfs pull")
+    os.mkfifo(tmp_path / "fifo.pt")
+    refused(tmp_path / "fifo.pt", "not a regular file")
+    refused("/dev/zero", "not a regular file")
+    refused("nvidia/mit-b0", "nothing is downloaded here")
+    refused("https://host/mit_b0.pth", "nothing is downloaded here")
     assert "code was run" not in capsys.readouterr().out
+
+
+def pickled(path, opcodes):
+    """A checkpoint as torch.save writes it, whose pickle is these bytes."""
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    with zipfile.ZipFile(buffer) as archive, zipfile.ZipFile(path, "w") as out:
+        for entry in archive.namelist():
+            out.writestr(entry, b"\x80\x02" + opcodes + b"." if entry.endswith("data.pkl") else archive.read(entry))
+
+
+def test_odd_structures_cost_neither_time_nor_memory(tmp_path):
+    path, shared, looped, table = tmp_path / "x.pt", [], [], {}
+    for _ in range(40):
+        shared, table = [shared, shared], {"a": table, "b": table}
+    looped.append(looped)
+    weights = {"encoder.stages.0.embed.conv.bias": torch.zeros(2)}
+    torch.save({"shared": shared, "looped": looped, "tables": table, "net": weights}, path)
+    assert models.read_weights(path)[1].keys() == weights.keys()
+    for opcodes, reason in ((b"]" * 100_000 + b"a" * 99_999, "no state dict"),                  # lists in lists
+                            (b"}U\x01a" * 100_000 + b"}" + b"s" * 100_000, "no state dict"),     # tables in tables
+                            (b"c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R", "bytearray")):  # of 2 GB
+        pickled(path, opcodes)
+        with pytest.raises(UserError, match=reason):
+            models.read_weights(path)
+    for tensor in (torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.zeros(3, device="meta"),
+                   torch.quantize_per_tensor(torch.zeros(3), 1, 0, torch.qint8)):
+        torch.save({"a": tensor}, path)
+        with pytest.raises(UserError, match="sparse, quantised or without numbers"):
+            models.read_weights(path)
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"args": 7}, "args"), ({"args": {"crop": 10 ** 7}}, "args"), ({"args": {"image_size": "64"}}, "args"),
+    ({"classes": ["a"] * 1_000_000}, "classes"), ({"classes": ["a", 1]}, "classes"), ({"classes": "ab"}, "classes"),
+    ({"classes": ["a", "b" * 20_000]}, "classes"), ({"colors": [[300, 0, 0]] * 2}, "colors"),
+    ({"first_id": [1]}, "first_id"), ({"spec": 7}, "description"),
+    ({"spec": {"num_classes": -2}}, "description"), ({"spec": {"name": ["a"]}}, "description"),
+    ({"spec": {"slots": {"attn": 7}}}, "description"), ({"spec": {"num_classes": 10 ** 9}}, "expected"),
+    ({"ema": [1]}, "description"), ({"model": {}}, "expected"), ({"model": {7: 8}}, "expected")])
+def test_fields_of_wrong_types_are_one_line(change, reason):
+    model = models.build("segformer_b0", "cls", 2)
+    checkpoint = {"spec": models.describe(model), "model": model.state_dict()}
+    if isinstance(change.get("spec"), dict):
+        change = {"spec": checkpoint["spec"] | change["spec"]}
+    with pytest.raises(UserError, match=reason) as error:
+        models.restore(checkpoint | change)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -1329,6 +1405,8 @@ def test_hostile_checkpoints_are_refused_in_one_line(tmp_path, capsys):
     (lambda e: e["b"].update(dtype="F128") or e, "dtype"),
     (lambda e: e["b"].pop("shape") and e, "lacks"),
     (lambda e: [1, 2], "table"),
+    (lambda e: e["b"].update(shape=[1] * 1000 + [4]) or e, "out of range"),
+    (lambda e: e | {"__metadata__": {"format": 1}}, "texts"),
 ])
 def test_hostile_safetensors_are_refused(tmp_path, change, reason):
     path = tmp_path / "x.safetensors"
@@ -1345,7 +1423,8 @@ def test_hostile_safetensors_lengths(tmp_path):
     whole = safetensors_bytes({"a": torch.arange(4.)})
     for content, reason in ((whole[:-1], "fit"), (whole + b"x", "behind"),
                             (struct.pack("<Q", 2 ** 31) + whole[8:], "claims a header"),
-                            (whole[:5], "claims"), (b"", "claims"), (struct.pack("<Q", 20) + b"{" * 60, "JSON")):
+                            (whole[:5], "claims"), (b"", "claims"), (struct.pack("<Q", 20) + b"{" * 60, "JSON"),
+                            (struct.pack("<Q", 16) + b'{"a": 1, "a": 1}', "each name once")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=reason):
             models.read_safetensors(path)
@@ -1404,6 +1483,20 @@ def test_hugging_face_directories(tmp_path, file):
     assert torch.equal(model.encoder.stages[1].blocks[0].attn.branch.kv.weight[64:], query)
 
 
+def test_sharded_safetensors(tmp_path):
+    state = hub_state()
+    names, index = sorted(state), tmp_path / "model.safetensors.index.json"
+    for i in (0, 1):
+        models.write_safetensors(tmp_path / f"part{i}.safetensors", {name: state[name] for name in names[i::2]})
+    index.write_text(json.dumps({"weight_map": {name: f"part{i % 2}.safetensors" for i, name in enumerate(names)}}))
+    assert not models.load_pretrained(models.build("segformer_b0", num_classes=5), tmp_path).fresh
+    for content in ("[" * 100_000, "[]", '{"weight_map": {"a": 7}}', '{"weight_map": 7}'):
+        index.write_text(content)
+        refused(lambda: models.read_weights(tmp_path), "not an index")
+    index.write_text('{"weight_map": {"a": "../part0.safetensors", "b": "absent.safetensors"}}')
+    refused(lambda: models.read_weights(tmp_path), "absent.safetensors", "no such file")
+
+
 def test_nothing_is_loaded_silently(tmp_path):
     donor = models.build("segformer_b0", num_classes=5)
     path = tmp_path / "donor.pt"
@@ -1440,6 +1533,74 @@ def test_own_checkpoints_serve_the_other_task(name):
         assert set(report.loaded) == set(both) and not report.missing
         assert all(torch.equal(value, file.state_dict()[key] if key in both else fresh[key])
                    for key, value in model.state_dict().items())
+
+
+ENVELOPES = ["state_dict", "model", "model_state_dict", "net", "weights", "params", "params_ema", "ema", "teacher",
+             "generator.of.anything"]
+PREFIXES = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.", "encoder.",
+            "backbone.", "my.own.wrapper."]
+
+
+@pytest.mark.parametrize("form", ["own checkpoint", "Hugging Face SegFormer", "SegFormer / PVTv2 / Lawin segmentor"])
+def test_weights_are_found_in_every_envelope_under_every_prefix(form):
+    donor, model = small("segformer_b0"), copy.deepcopy(small("segformer_b0"))
+    form, plain = format_named(form), {}
+    for key, value in donor.state_dict().items():
+        theirs = form.names(donor)[key]
+        plain |= zip(theirs, form.write(key, value, len(theirs)))
+    for prefix in PREFIXES:
+        state = {prefix + name: value for name, value in plain.items()}
+        for envelope in ENVELOPES:
+            other = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "log": [1]}
+            assert models.read_weights(other | {envelope: state})[1].keys() == state.keys()
+        for p in model.parameters():
+            nn.init.zeros_(p)
+        extra = {"n_averaged": torch.tensor(3), "criterion.weight": torch.ones(3)}
+        report = models.load_pretrained(model, {"a": {"b": state | extra}})
+        assert report.format == form.name and not report.fresh and report.unexpected == ["criterion.weight"]
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), donor.state_dict().values()))
+    both = {"model": {"a": torch.zeros(2)}, "ema": {"a": torch.ones(2)}}
+    assert models.read_weights(both)[1]["a"][0] == 1                # of two, a moving average
+
+
+def test_weights_of_other_kinds_or_not_finite_are_named():
+    model, key = models.build("segformer_b0"), "encoder.stages.1.blocks.0.attn.branch.q.weight"
+    state = model.state_dict()
+    for value, reason in ((state[key] * math.inf, "inf or nan"), (state[key].double() * 1e300, "inf or nan"),
+                          (state[key].int(), "int32 numbers"), (state[key].cfloat(), "complex64 numbers")):
+        for load in (lambda s: models.load_pretrained(model, s),
+                     lambda s: models.restore({"spec": models.describe(model), "model": s})):
+            with pytest.raises(UserError, match=f"{key} holds {reason}"):
+                load(state | {key: value})
+
+
+def test_own_weights_with_other_words_say_them(tmp_path):
+    donor = models.build("segformer_b0", num_classes=3, attn="lsra,lsra,sra,sra", ffn="dest")
+    models.save_checkpoint(tmp_path / "best.pt", {"spec": models.describe(donor), "model": donor.state_dict()})
+    with pytest.raises(UserError, match="--model segformer_b0 --attn lsra,lsra,sra,sra --ffn dest$"):
+        models.load_pretrained(models.build("segformer_b0", num_classes=3), tmp_path / "best.pt")
+
+
+def test_mmsegmentations_own_mit():
+    """q, k and v are one tensor there, and its head is another one: it stays fresh."""
+    model, state = small("segformer_b0"), {}
+    names = format_named("mmsegmentation SegFormer encoder").names(model)
+    for key in names:
+        [theirs] = names[key]
+        value = fill(theirs, model.state_dict()[key].shape)
+        joined = theirs.replace("in_proj_q.", "in_proj_").replace("in_proj_kv.", "in_proj_")
+        if joined != theirs:
+            value = value.flatten(1) if value.ndim > 1 else value
+            value = torch.cat([*([state[joined]] if joined in state else []), value])
+        state[joined] = value
+    file = {f"backbone.{name}": value for name, value in state.items()}
+    assert "backbone.layers.1.1.0.attn.attn.in_proj_weight" in file
+    ours = copy.deepcopy(model)
+    head = "decode_head.convs.0.conv.weight"
+    report = models.load_pretrained(ours, {"state_dict": file | {head: torch.zeros(3, 3)}})
+    assert all(key.startswith("head.") for key in report.fresh) and report.unexpected == [head]
+    block, got = "layers.1.1.0.attn.attn.in_proj_weight", ours.encoder.stages[1].blocks[0].attn.branch
+    assert torch.equal(torch.cat([got.q.weight, got.kv.weight]).flatten(1), state[block])
 
 
 @pytest.mark.parametrize("old, new", [("mlp", "ham"), ("lawin", "mlp"), ("fpn", "light_ham")])
@@ -1655,6 +1816,30 @@ def test_export_says_what_has_no_name(slots, task, form, words, monkeypatch, tmp
         models.export_pretrained(model, tmp_path / "x", form)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_export_by_command(monkeypatch, tmp_path, capsys):
+    with_depths(monkeypatch, "segformer_b0", (1, 1, 1, 1))
+    model = randomised(models.build("segformer_b0", num_classes=3))
+    path = tmp_path / "best.pt"
+    models.save_checkpoint(path, {"spec": models.describe(model), "model": model.state_dict(), "args": {"crop": 64},
+                                  "classes": ["sky", "road", "tree"], "colors": [[9, 9, 9]] * 3})
+    loaded = models.load(path)
+    assert (loaded.classes[1], loaded.size, loaded.first_id, loaded.colors.shape) == ("road", 64, 1, (3, 3))
+    for target in ("hub", "theirs.pth", "graph.pt2"):
+        models.main(["--checkpoint", str(path), "--export", str(tmp_path / target)])
+        differences = re.findall(r"pixels by (\S+)", capsys.readouterr().out)
+        assert len(differences) == 2 and all(float(d) < 1e-5 for d in differences)
+    graph = torch.export.load(tmp_path / "graph.pt2").module()
+    for shape in ((1, 3, 64, 96), (3, 3, 97, 130)):
+        x = torch.rand(shape)
+        with torch.inference_mode():
+            assert relative(graph(x), model.eval()(x)) < 1e-5
+    refused(lambda: models.export(model, tmp_path / "x.onnx"), "x.onnx", ".pt2")
+    transformers = pytest.importorskip("transformers")
+    draw = transformers.pipeline("image-segmentation", str(tmp_path / "hub"))
+    parts = draw(Image.new("RGB", (80, 60), "green"))
+    assert parts and all(part["label"] in loaded.classes and part["mask"].size == (80, 60) for part in parts)
 
 
 def test_export_where_nothing_can_be_written(monkeypatch, tmp_path):
