@@ -729,13 +729,6 @@ ADE20K_COLORS = np.frombuffer(bytes.fromhex(
     np.uint8).reshape(150, 3)
 
 
-def distinct_colors(count):
-    """(count, 3) uint8: hues a golden angle apart in four tones; never black, which is the colour of ignored pixels."""
-    tones = [(0.75, 0.95), (0.9, 0.65), (0.45, 1.0), (0.6, 0.8)]
-    return np.array([[round(255 * c) for c in colorsys.hsv_to_rgb(k * 0.618034 % 1, *tones[k % 4])] for k in range(count)],
-                    np.uint8).reshape(count, 3)
-
-
 class FolderSegmentation(EpochDataset):
     """A folder of images and of masks with the same stems, laid out like ADE20K or like the original project's data.
 
@@ -1108,7 +1101,27 @@ def mixup_cutmix(images, labels, num_classes, seed, mixup=0.8, cutmix=1.0, smoot
     return images, share * targets + (1 - share) * targets.flip(0)
 
 
-# ---- Pictures ------------------------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
+
+def distinct_colors(count):
+    """(count, 3) uint8: each as far as possible from those before it and from black (ignored).
+
+    Distances are CIELAB's, nearly; neither the darkest nor the lightest colours take part.
+    """
+    levels = np.linspace(0, 1, 12)
+    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    x, y, z = np.cbrt(np.array([[0.434, 0.376, 0.190],
+                                [0.213, 0.715, 0.072],
+                                [0.018, 0.109, 0.873]]) @ (grid ** 2.2).T)
+    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+    usable = (30 < lab[:, 0]) & (lab[:, 0] < 90)
+    grid, lab = grid[usable], lab[usable]
+    chosen, distances = [], np.linalg.norm(lab, axis=1)
+    for _ in range(count):
+        chosen.append(int(distances.argmax()))
+        distances = np.minimum(distances, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+    return (255 * grid[chosen]).round().astype(np.uint8)
+
 
 def colorize(labels, colors):
     """Labels (H, W) -> uint8 (H, W, 3); ignored pixels are black."""
@@ -1117,28 +1130,65 @@ def colorize(labels, colors):
     return table[np.asarray(labels)]
 
 
-def contact_sheet(rows, path, below=None, gap=6):
-    """Write rows of (H, W, 3) uint8 images (of one height within a row) as a PNG on white, `below` (a legend) at the bottom."""
-    def pad(image, top, right, bottom, left):
-        return np.pad(image, ((top, bottom), (left, right), (0, 0)), constant_values=255)
-    rows = [np.concatenate([pad(image, 0, gap, gap, 0) for image in row], 1) for row in [*rows, *[[below]] * (below is not None)]]
-    width = max(row.shape[1] for row in rows)
-    sheet = np.concatenate([pad(row, 0, width - row.shape[1], 0, gap) for row in rows])
-    Image.fromarray(pad(sheet, gap, 0, 0, 0)).save(path, "PNG")
+def fitted(picture, side=320):
+    """An image (H, W, 3) or labels (H, W), uint8, scaled to a longer side of `side` pixels."""
+    picture = Image.fromarray(np.asarray(picture))
+    size = [max(1, round(n * side / max(picture.size))) for n in picture.size]
+    smooth = picture.mode == "RGB"
+    how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    return np.array(picture.resize(size, how, reducing_gap=3.0 if smooth else None))
 
 
-def legend(classes, colors, width=800, column=190):
-    """Swatches with class names in columns -> uint8 (h, width, 3)."""
-    columns, line = max(1, width // column), 22
-    sheet = Image.new("RGB", (width, line * math.ceil(len(classes) / columns)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for k, (name, color) in enumerate(zip(classes, colors)):
-        x, y = k % columns * column, k // columns * line
+def contact_sheet(rows, path, titles=(), classes=(), colors=(), side=320):
+    """Write rows of pictures, each `fitted`, as a PNG on white, with a legend at the bottom.
+
+    titles: for each row, or for the first one only, texts above its pictures.
+    classes, colors: the legend's; where the pictures are labels, those that occur in them.
+    """
+    gap, line, font = 8, 22, ImageFont.load_default(14)
+    rows = [[fitted(picture, side) for picture in row] for row in rows]
+    seen = [np.unique(picture) for row in rows for picture in row if picture.ndim == 2]
+    known = range(len(classes))
+    if seen:
+        known = [k for k in known if k in np.concatenate(seen)]
+    columns = itertools.zip_longest(*rows, fillvalue=np.empty((0, 0)))
+    widths = [max(picture.shape[1] for picture in column) for column in columns]
+    starts = np.cumsum([gap] + [width + gap for width in widths])
+    strips = []
+    for row, texts in itertools.zip_longest(rows, titles, fillvalue=()):
+        top = line if texts else 0
+        height = top + max(picture.shape[0] for picture in row) + gap
+        strip = Image.new("RGB", (max(200, starts[-1]), height), "white")
+        for x, text, width in zip(starts, texts, widths):
+            ImageDraw.Draw(strip).text((x, 2), drawable(text, font, width), "black", font)
+        for x, picture in zip(starts, row):
+            if picture.ndim == 2:
+                picture = colorize(picture, colors)
+            strip.paste(Image.fromarray(picture), (x, top))
+        strips.append(strip)
+    if classes:
+        strips.append(legend([classes[k] for k in known], [colors[k] for k in known], strip.width))
+    sheet = Image.new("RGB", (strip.width, gap + sum(strip.height for strip in strips)), "white")
+    y = gap
+    for strip in strips:
+        sheet.paste(strip, (0, y))
+        y += strip.height
+    sheet.save(path, "PNG")
+
+
+def legend(classes, colors, width):
+    """Class names beside their colours, and "ignored" beside black -> Pillow image of a width."""
+    names, colors = [*classes, "ignored"], [*colors, (0, 0, 0)]
+    gap, line, font = 8, 22, ImageFont.load_default(14)
+    columns = max(1, (width - gap) // 190)
+    step = (width - gap) // columns
+    sheet = Image.new("RGB", (width, line * math.ceil(len(names) / columns) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (name, color) in enumerate(zip(names, colors)):
+        x, y = gap + k % columns * step, k // columns * line
         draw.rectangle((x, y + 3, x + 22, y + 18), tuple(int(c) for c in color), "black")
-        while draw.textlength(name, font) > column - 34:
-            name = name[:-2] + "\u2026" if name[-1] == "\u2026" else name[:-1] + "\u2026"
-        draw.text((x + 28, y + 2), name, "black", font)
-    return np.array(sheet)
+        draw.text((x + 28, y + 2), drawable(name, font, step - 34), "black", font)
+    return sheet
 
 
 INKS = "#1f5fbf", "#d0442f", "#2f8f4f", "#8a4fb0", "#b07800", "#555555"    # of a plot's series
@@ -1267,7 +1317,7 @@ def some(items, count):
 
 def check_segmentation(datasets, out):
     """Read every image and mask, print what they hold, draw some. datasets: {split: dataset}. -> messages on bad files."""
-    problems, rows, seen = [], [], np.zeros(256, bool)
+    problems, rows = [], []
     for split, dataset in datasets.items():
         def measure(index):
             image, labels, _ = dataset[index]
@@ -1281,26 +1331,20 @@ def check_segmentation(datasets, out):
         for k, name in [*enumerate(dataset.classes), (IGNORED, "(ignored)")]:
             print(f"  {k:3} {100 * counts[:, k].sum() / counts.sum():9.3f} {(counts[:, k] > 0).sum():7}  {shown(name)}")
         cells = []
-        for _, _, index, present in some(good, 6):
+        for _, _, index, _ in some(good, 6):
             image, labels, _ = dataset[index]
-            width = max(1, round(192 * labels.shape[1] / labels.shape[0]))
-            cells.append([np.array(Image.fromarray(part).resize((width, 192), how)) for part, how in (
-                (image.permute(1, 2, 0).numpy(), Image.Resampling.BICUBIC),
-                (colorize(labels, dataset.colors), Image.Resampling.NEAREST))])
-            seen |= present > 0
+            cells.append([fitted(image.permute(1, 2, 0)), fitted(labels)])
         rows += [sum(cells[i:i + 2], []) for i in range(0, len(cells), 2)]
     if rows:
-        known = np.flatnonzero(seen[:dataset.num_classes])
-        width = max(sum(image.shape[1] + 6 for image in row) for row in rows)
-        names, colors = [dataset.classes[k] for k in known] + ["(ignored)"], [*dataset.colors[known], (0, 0, 0)]
+        titles = ["image", "labels"] * (max(len(row) for row in rows) // 2)
         with writing("--out", out):
-            contact_sheet(rows, out, legend(names, colors, width))
+            contact_sheet(rows, out, [titles], dataset.classes, dataset.colors)
     return problems
 
 
 def check_classification(root, out):
     """As check_segmentation, for a tree of class folders."""
-    problems, rows = [], []
+    problems, rows, titles = [], [], []
     for split in [split for split in ("train", "val") if (root / split).is_dir()]:
         dataset = TinyImageNet(root, split)
 
@@ -1312,14 +1356,14 @@ def check_classification(root, out):
         problems += bad
         sizes = np.bincount([label for _, label in dataset.paths])
         print(f"  {dataset.num_classes} classes of {sizes.min()} to {sizes.max()} images")
-        cells = []
-        for path, label in [dataset.paths[result[2]] for result in some(good, 24)]:
-            image = Image.open(path).convert("RGB").resize((112, 112), Image.Resampling.BICUBIC)
-            cells.append(np.concatenate([image, legend([dataset.classes[label]], [(0, 0, 0)], 112, 112)]))
-        rows += [cells[i:i + 8] for i in range(0, len(cells), 8)]
+        shown_here = [dataset.paths[result[2]] for result in some(good, 24)]
+        for start in range(0, len(shown_here), 8):
+            row = shown_here[start:start + 8]
+            rows.append([fitted(Image.open(path).convert("RGB"), 160) for path, _ in row])
+            titles.append([dataset.classes[label] for _, label in row])
     if rows:
         with writing("--out", out):
-            contact_sheet(rows, out)
+            contact_sheet(rows, out, titles, side=160)
     return problems
 
 

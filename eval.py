@@ -283,14 +283,12 @@ def save_samples(model, dataset, size, device, path):
     rows = []
     for index in torch.linspace(0, len(dataset) - 1, min(6, len(dataset))).long().tolist():
         image, labels, _ = dataset[index]
-        # The sheet shows at most 320 px a side: a large photograph is reduced before all else.
-        factor = min(1, 320 / max(labels.shape))
-        shape = [max(1, round(side * factor)) for side in labels.shape]
-        classes = predict(model, image, shape, short_side=size).cpu()
-        image = TF.resize(image, shape, antialias=True).permute(1, 2, 0).numpy()
-        labels = TF.resize(labels[None], shape, TF.InterpolationMode.NEAREST)[0]
-        rows.append([image, *(data.colorize(ids, dataset.colors) for ids in (labels, classes))])
-    data.contact_sheet(rows, path, data.legend(dataset.classes, dataset.colors))
+        # Large photographs are reduced first: all else is done at the size of the sheet's pictures.
+        picture = data.fitted(image.permute(1, 2, 0))
+        classes = predict(model, image, picture.shape[:2], short_side=size)
+        rows.append([picture, labels, classes.cpu().byte()])
+    titles = [["image", "truth", "prediction"]]
+    data.contact_sheet(rows, path, titles, dataset.classes, dataset.colors)
 
 
 def picture_files(source, folder):

@@ -1920,7 +1920,19 @@ def test_ade20k_is_drawn_in_its_own_colours(tmp_path):
     (tmp_path / "id2label.json").write_text(json.dumps(dict(enumerate(names))))
     colors = data.FolderSegmentation(tmp_path, "val").colors
     assert colors[[0, 1, 149]].tolist() == [[120, 120, 120], [180, 120, 120], [92, 0, 255]]  # wall, building, flag
-    assert len(np.unique(data.distinct_colors(255), axis=0)) == 255 and data.distinct_colors(255).any(1).all()
+
+
+def test_colours_are_told_apart():
+    """CIELAB (CIE 15) of the first 20 classes and of black: a difference of 2.3 is just seen, 30 is plain."""
+    colors = data.distinct_colors(255)
+    assert len(np.unique(colors, axis=0)) == 255 and colors.any(1).all()
+    rgb = np.concatenate([np.zeros((1, 3)), colors[:20]]) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]])
+    xyz /= [0.9505, 1, 1.089]
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * 841 / 108 + 4 / 29)
+    lab = np.stack([116 * f[:, 1], 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+    assert min(np.linalg.norm(lab[i] - lab[j]) for i in range(21) for j in range(i)) > 35
 
 
 def write_mask(path, ids, mode):
@@ -2418,6 +2430,20 @@ def test_shapes_are_pure_functions_of_split_and_index():
     means = torch.stack([val.images.reshape(-1, 3)[val.labels.flatten() == k].float().mean(0) for k in range(9)])
     for pair in ((0, 1), (2, 8), (3, 5), (6, 7)):                   # colour alone does not tell which of the two it is
         assert (means[pair[0]] - means[pair[1]]).abs().max() < 15
+
+
+def test_contact_sheet(tmp_path):
+    """Small pictures are enlarged, large ones reduced; the legend names what occurs, cut to the sheet's width."""
+    labels = np.zeros((2, 4), np.uint8)
+    labels[:, 2:] = 2
+    photograph = np.full((1000, 2000, 3), [77, 60, 7], np.uint8)
+    names, colors = ["a\n\ud800\U0001f600" * 9000, "unused", ""], np.array([[9, 9, 9], [1, 200, 1], [200, 1, 1]])
+    data.contact_sheet([[photograph, labels]], tmp_path / "sheet.png", [["image", "truth"]], names, colors)
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape[1] == 2 * 320 + 3 * 8 and sheet.shape[0] < 300
+    counts = [(sheet == color).all(2).sum() for color in ([77, 60, 7], [9, 9, 9], [1, 200, 1], [200, 1, 1])]
+    assert counts[0] == 320 * 160 and counts[2] == 0
+    assert all(160 * 160 < n < 160 * 160 + 600 for n in (counts[1], counts[3]))    # and a swatch in the legend
 
 
 def test_plot_puts_points_where_the_axes_say(tmp_path):
