@@ -63,7 +63,9 @@ def heads_first(x, heads):
 def fill(x, size):
     """Zeros to the right and below, until `size` divides both sides of the map (B, C, H, W)."""
     bottom, right = -x.shape[2] % size, -x.shape[3] % size
-    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+    if torch.compiler.is_compiling() or bottom or right:        # an exported graph knows no sizes
+        x = F.pad(x, (0, right, 0, bottom))
+    return x
 
 
 def windows(x, size, stride):
@@ -83,7 +85,7 @@ def join_windows(x, like):
     """(P, C, s, s), windows that touch -> (B, C, H, W) with the B, H and W of the map `like`."""
     size = x.shape[2]
     x = x.permute(0, 2, 3, 1)
-    x = x.unflatten(0, (len(like), -1, like.shape[3] // size))      # (B, h, w, s, s, C)
+    x = x.unflatten(0, (like.shape[0], -1, like.shape[3] // size))      # (B, h, w, s, s, C)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
@@ -187,7 +189,7 @@ NORM = {
 
 def resize(x, size):
     """Bilinear, corners not aligned: every decoder's interpolation here. Keeps channels_last."""
-    if x.shape[2:] == tuple(size):
+    if not torch.compiler.is_compiling() and x.shape[2:] == tuple(size):
         return x
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
@@ -537,7 +539,7 @@ class WindowAttention(nn.Module):
         q, k, v = (heads_first(t, self.heads) for t in qkv)         # (P, h, 49, d)
         bias = self.bias()                                          # (1, h, 49, 49)
         if any(shift):
-            bias = (bias + self.mask(y, shift)).repeat(len(x), 1, 1, 1)     # (P, h, 49, 49)
+            bias = (bias + self.mask(y, shift)).repeat(x.shape[0], 1, 1, 1)     # (P, h, 49, 49)
         out = self.proj(self.attend(q, k, v, bias).transpose(1, 2).flatten(2))      # (P, 49, C)
         out = join_windows(grid(out, p), y)
         if any(shift):
