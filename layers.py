@@ -70,9 +70,7 @@ def fill(x, size):
 
 def windows(x, size, stride):
     """(B, C, H, W) -> (P, C, size, size): windows, `stride` pixels apart, P in the whole batch.
-
-    One copy, in channels_last memory.
-    """
+    One copy, in channels_last memory."""
     if stride == size:      # the gradient of this view is a view, that of unfold a slow sum
         x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))     # (B, C, h, size, w, size)
         x = x.transpose(3, 4)                                       # (B, C, h, w, size, size)
@@ -89,6 +87,13 @@ def join_windows(x, like):
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
+def roll(x, shift):
+    """A map rolled by (rows, columns); stays channels_last, which torch.roll does not on GPUs."""
+    if not any(shift):
+        return x
+    return x.permute(0, 2, 3, 1).roll(shift, (1, 2)).permute(0, 3, 1, 2)
+
+
 def full_precision(x):
     """A context without autocast on the device of x."""
     device = "cpu" if x.is_meta else x.device.type                  # autocast knows no meta device
@@ -103,22 +108,24 @@ class MatMul(nn.Module):
 
 
 class Attend(nn.Module):
-    """softmax(q kᵀ / √d + bias) v, by F.scaled_dot_product_attention.
+    """softmax(q kᵀ / √d + bias) v in each of h heads, by F.scaled_dot_product_attention.
+    q (B, N, C), k and v (B, M, C), bias (B or 1, h or 1, N, M) -> (B, N, C).
+    Cost: 2 N M C multiply-adds, whatever the number of heads."""
 
-    q (B, h, N, d), k and v (B, h, M, d) -> (B, h, N, d). Cost: 2 N M C multiply-adds, whatever the
-    number of heads.
-    """
+    def __init__(self, heads):
+        super().__init__()
+        self.heads = heads
 
     def forward(self, q, k, v, bias=None):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        q, k, v = (heads_first(t, self.heads) for t in (q, k, v))   # (B, h, N or M, d)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return out.transpose(1, 2).flatten(2)
 
 
 class Pointwise(nn.Conv2d):
     """A Linear layer on a map's channels, held as a 1x1 convolution (files store either shape).
-
     The CPU's convolution is a fifth faster on whole maps than the matrix product that it is; on 7x7
-    windows it is the reverse.
-    """
+    windows it is the reverse."""
 
     def __init__(self, in_dim, dim, bias=True):
         super().__init__(in_dim, dim, 1, bias=bias)
@@ -168,6 +175,16 @@ class BatchNorm2d(nn.BatchNorm2d):
         return super().forward(x)
 
 
+class GroupNorm2d(nn.GroupNorm):
+    """GroupNorm in 32 groups that stays channels_last, which PyTorch's does not on GPUs."""
+
+    def __init__(self, dim):
+        super().__init__(32, dim)
+
+    def forward(self, x):
+        return super().forward(x).contiguous(memory_format=torch.channels_last)
+
+
 def conv_norm(norm, in_dim, dim, kernel=1, act=nn.ReLU):
     """mmcv's ConvModule: convolution without bias, norm, activation; He-normal on the fan-out."""
     conv = nn.Conv2d(in_dim, dim, kernel, padding=kernel // 2, bias=False)
@@ -176,7 +193,7 @@ def conv_norm(norm, in_dim, dim, kernel=1, act=nn.ReLU):
 
 
 conv_bn_relu = partial(conv_norm, BatchNorm2d)
-conv_gn = partial(conv_norm, partial(nn.GroupNorm, 32))
+conv_gn = partial(conv_norm, GroupNorm2d)
 
 
 NORM = {
@@ -201,9 +218,7 @@ STRIP = {"cpu": (2 ** 20, 16), "cuda": (2 ** 26, 256)}
 
 def strips(shape, device):
     """Cut an up-sampled map (B, K, H, W) into pieces that fit STRIP: some rows of some images.
-
-    Yields (images, rows), slices; a function of shapes and device alone, so that runs repeat.
-    """
+    Yields (images, rows), slices; a function of shapes and device alone, so that runs repeat."""
     batch, channels, height, width = shape
     elements, most = STRIP.get(device.type, STRIP["cpu"])
     rows = min(max(1, elements // (channels * width)), most, height)
@@ -230,7 +245,6 @@ def source_rows(rows, height, h):
 
 def upsample_strip(x, rows, size, vertical):
     """The given rows of the resize of x (B, K, h, w) to `size`: (B, rows, W, K).
-
     Bilinear weights are products of a vertical and a horizontal one. The vertical half is a matrix
     product here, with rows of `vertical` = bilinear_matrix(H, x): F.interpolate cannot choose rows.
     """
@@ -257,9 +271,7 @@ def downsample_strip(grad, rows, vertical, like):
 
 class OverlapEmbed(ConvNorm):
     """Overlapping patches: a strided 7x7 (stem) or 3x3 convolution, then a norm.
-
-    SegFormer §3.1; PVTv2 §3.3. Zero padding k//2 gives ceil(H/s) for any H.
-    """
+    SegFormer §3.1; PVTv2 §3.3. Zero padding k//2 gives ceil(H/s) for any H."""
 
     def __init__(self, in_dim, dim, stride, norm):
         kernel = 2 * stride - 1
@@ -269,11 +281,9 @@ class OverlapEmbed(ConvNorm):
 
 class PatchEmbed(nn.Module):
     """Patches that do not overlap: 4x4 convolution and norm, then 2x2 merging (Swin §3.1).
-
     arXiv 2103.14030. Merging: norm, then Linear without bias, of the 2x2 neighbours' channels in
     the order (row, column) 00, 10, 01, 11. Zeros fill the last patch to the right and below, as in
-    the released segmentation code.
-    """
+    the released segmentation code."""
 
     def __init__(self, in_dim, dim, stride, norm):
         super().__init__()
@@ -298,9 +308,7 @@ class PatchEmbed(nn.Module):
 
 class ConvEmbed(nn.Sequential):
     """3x3 convolutions of stride 2, each with a norm (SegNeXt §3.1).
-
-    The stem has two, with a GELU between them alone.
-    """
+    The stem has two, with a GELU between them alone."""
 
     def __init__(self, in_dim, dim, stride, norm):
         step = lambda a, b, act=None: ConvNorm(nn.Conv2d(a, b, 3, 2, 1), norm(b, eps=1e-5), act)
@@ -312,11 +320,9 @@ class ConvEmbed(nn.Sequential):
 
 class NextEmbed(nn.Sequential):
     """Next-ViT's down-sampling (arXiv 2207.05501 §3.5): 2x2 mean, 1x1 convolution, norm.
-
     The stem is four 3x3 ConvNormReLU. Where sides are odd, the last mean is over the pixels that
     are there. The stem's 64 channels go through a 1x1 convolution where the first stage has another
-    width: in the released code that one belongs to the stage's first block.
-    """
+    width: in the released code that one belongs to the stage's first block."""
 
     def __init__(self, in_dim, dim, stride, norm):
         steps = []
@@ -345,23 +351,20 @@ EMBED = {
 
 class SpatialReductionAttention(nn.Module):
     """Attention to a grid that is R times smaller in each direction (PVT §3.3; SegFormer §3.1).
-
     q = Wq x;  k, v = Wkv LN(conv_{RxR, stride R}(x)) for R > 1, else Wkv x
     out = Wo softmax(q kᵀ / √d) v
     As in the released code, the reducing convolution has no padding: rows and columns that do not
     fill a cell are not seen as keys, so a map needs H, W >= R. R is fixed, not M: the cost is
     quadratic in N, however large R is ("efficient" in the paper means R² times less).
-    Cost: 2NC² + 2MC² + M R² C² (R > 1) + 2NMC, M = ⌊H/R⌋⌊W/R⌋.
-    """
+    Cost: 2NC² + 2MC² + M R² C² (R > 1) + 2NMC, M = ⌊H/R⌋⌊W/R⌋."""
     reduces = True
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
-        self.heads = heads
         self.q = Pointwise(dim, dim)
         self.kv = Pointwise(dim, 2 * dim)
         self.proj = Pointwise(dim, dim)
-        self.attend = Attend()
+        self.attend = Attend(heads)
         if reduction > 1:
             self.sr = nn.Conv2d(dim, dim, reduction, reduction)
             self.norm = LayerNorm2d(dim)
@@ -371,23 +374,19 @@ class SpatialReductionAttention(nn.Module):
         return self.norm(self.sr(x)) if self.reduction > 1 else x   # (B, C, H/R, W/R)
 
     def forward(self, x):
-        q = heads_first(tokens(self.q(x)), self.heads)              # (B, h, N, d)
-        kv = tokens(self.kv(self.reduce(x)))                        # (B, M, 2C)
-        k, v = (heads_first(t, self.heads) for t in kv.chunk(2, -1))        # (B, h, M, d)
-        out = self.attend(q, k, v).transpose(1, 2).flatten(2)       # (B, N, C)
-        return self.proj(grid(out, x))
+        q = tokens(self.q(x))                                       # (B, N, C)
+        k, v = tokens(self.kv(self.reduce(x))).chunk(2, -1)         # (B, M, C)
+        return self.proj(grid(self.attend(q, k, v), x))
 
 
 class EfficientAttention(nn.Module):
     """Attention whose soft-maxes come before the product, so that it costs O(N).
-
     arXiv 1812.01243 §3.2, Eq. 4:  out = Wo (Wr ρq(Q) (ρk(K)ᵀ V) + x)
     ρq: soft-max over a head's channels, ρk: over the positions; no 1/√d. Wr and the inner shortcut
     are the released module (heads are its addition to the paper); Wo is the output projection that
     SegFormer's blocks put behind it. Widths 64 and 32 in every stage, as the original project has
     them; heads: the largest power of two up to the row's, as both must divide by it.
-    Cost: 192NC + NC² + 4096 N / h.
-    """
+    Cost: 192NC + NC² + 4096 N / h."""
 
     def __init__(self, dim, heads, reduction, index=0, key_dim=64, value_dim=32):
         super().__init__()
@@ -415,16 +414,14 @@ class EfficientAttention(nn.Module):
 
 class PooledKeys(nn.Module):
     """To be put before an attention class: its keys come from the map pooled to 7x7.
-
     y = GELU(LN(W mean_7x7(x))), whatever the image's size (PVTv2, arXiv 2106.13797 §3.2); R is not
-    used. A map smaller than 7x7 is repeated, not pooled, as the released code does.
-    """
+    used. A map smaller than 7x7 is repeated, not pooled, as the released code does."""
     reduces = False
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__(dim, heads, 1)
         self.pool = nn.AdaptiveAvgPool2d(7)
-        self.sr = Pointwise(dim, dim)
+        self.sr = nn.Conv2d(dim, dim, 1)                            # drawn as a convolution is
         self.norm = LayerNorm2d(dim)
         self.act = nn.GELU()
 
@@ -434,10 +431,8 @@ class PooledKeys(nn.Module):
 
 class NoProjection(nn.Module):
     """To be put before an attention class: no output projection.
-
     Saves NC² multiply-adds and C² + C parameters; in a whole SegFormer-B2, 1,482,816 parameters and
-    1.300 GMAC: `python flops.py --model segformer_b2 --attn lsra`, then `--attn lsra_noproj`.
-    """
+    1.300 GMAC: `python flops.py --model segformer_b2 --attn lsra`, then `--attn lsra_noproj`."""
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__(dim, heads, reduction)
@@ -454,10 +449,8 @@ class LinearSRANoProj(NoProjection, LinearSRA):
 
 class LinearEfficientAttention(PooledKeys, EfficientAttention):
     """LSREA: efficient attention to the 7x7 map (the original project's own block).
-
     What it saves comes from the narrow 64 and 32 channels: with 49 keys, soft-max attention is
-    linear in N as well.
-    """
+    linear in N as well."""
 
 
 class LinearEfficientAttentionNoProj(NoProjection, LinearEfficientAttention):
@@ -466,13 +459,11 @@ class LinearEfficientAttentionNoProj(NoProjection, LinearEfficientAttention):
 
 class SimplifiedAttention(nn.Module):
     """DEST's attention without soft-max and without values (arXiv 2204.13791 §3.2).
-
     out = Wo (mean(x) Σ_heads max_keys q kᵀ / √d);  k from BN(conv_{RxR, stride R}(x)) for R > 1
     A soft-max shares out a weight of 1 among many values. Here is one value, mean(x), and nothing
     to share out: a query needs one number, how well it fits its best key, and a max gives that.
     The heads only add up, so the map before Wo has rank 1, and Wo meets one vector an image: NC² -
-    C² multiply-adds less than written. Cost: NC² + MC² + M R² C² (R > 1) + NMC + C².
-    """
+    C² multiply-adds less than written. Cost: NC² + MC² + M R² C² (R > 1) + NMC + C²."""
     reduces = True
 
     def __init__(self, dim, heads, reduction, index=0):
@@ -489,8 +480,8 @@ class SimplifiedAttention(nn.Module):
     def forward(self, x):
         q = heads_first(tokens(self.q(x)), self.heads)              # (B, h, N, d)
         k = heads_first(tokens(self.k(self.sr(x))), self.heads)     # (B, h, M, d)
+        q = q * q.shape[-1] ** -0.5                                 # before: fits float16 so
         fit = self.matmul(q, k.mT).amax(-1).sum(1)                  # (B, N)
-        fit = fit * q.shape[-1] ** -0.5
         # Wo (fit · mean) + bo = fit · (Wo mean) + bo: proj is never called on the map; its weight
         # meets the mean, its bias is added where the outer product is formed.
         value = self.matmul(x.mean((2, 3)), self.proj.weight.flatten(1).T)      # (B, C)
@@ -499,26 +490,22 @@ class SimplifiedAttention(nn.Module):
 
 class WindowAttention(nn.Module):
     """Attention inside 7x7 windows, which odd blocks shift by 3 (Swin, arXiv 2103.14030 §3.2).
-
     softmax(q kᵀ / √d + B + mask) v;  B: a bias for each of the 13² offsets and each head;  mask:
     -100 between pixels that the cyclic shift made neighbours. Padded pixels are zeros that do act
     as keys. As the released segmentation code: pad right and below to multiples of 7, then roll.
     The seam of the roll then falls into the last window, where the mask expects it; rolled first,
     it would lie anywhere, with the padding behind it. Classification never shifts along a side of
     at most 7 pixels: models.build then sets `shift_small` to False. Cost: 4NC² + 98NC, N padded.
-
     In one dimension, windows of 3, shift 1, six pixels a..f:
         rolled    b c d | e f a      a and f meet, but are not neighbours
         part      0 0 0 | 1 1 2      the mask is -100 where the parts of query and key differ
         bias      query i, key j -> table[i - j + 2]:   2 1 0
                                                         3 2 1
-                                                        4 3 2
-    """
+                                                        4 3 2"""
     SIZE, SHIFT = 7, 3
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
-        self.heads = heads
         self.shift = self.SHIFT if index % 2 else 0
         self.shift_small = True
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -526,24 +513,19 @@ class WindowAttention(nn.Module):
         offsets = (2 * self.SIZE - 1) ** 2
         self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, heads))
         nn.init.normal_(self.relative_position_bias_table, std=0.02)
-        self.attend = Attend()
+        self.attend = Attend(heads)
 
     def forward(self, x):
         height, width = x.shape[2:]
         y = fill(x, self.SIZE)
         shift = [self.shift if self.shift_small or side > self.SIZE else 0 for side in y.shape[2:]]
-        if any(shift):
-            y = y.roll([-s for s in shift], (2, 3))
-        p = windows(y, self.SIZE, self.SIZE)                        # (P, C, 7, 7)
-        qkv = self.qkv(tokens(p)).chunk(3, -1)
-        q, k, v = (heads_first(t, self.heads) for t in qkv)         # (P, h, 49, d)
         bias = self.bias()                                          # (1, h, 49, 49)
         if any(shift):
             bias = (bias + self.mask(y, shift)).repeat(x.shape[0], 1, 1, 1)     # (P, h, 49, 49)
-        out = self.proj(self.attend(q, k, v, bias).transpose(1, 2).flatten(2))      # (P, 49, C)
-        out = join_windows(grid(out, p), y)
-        if any(shift):
-            out = out.roll(shift, (2, 3))
+        p = windows(roll(y, [-s for s in shift]), self.SIZE, self.SIZE)     # (P, C, 7, 7)
+        q, k, v = self.qkv(tokens(p)).chunk(3, -1)                  # (P, 49, C)
+        out = self.proj(self.attend(q, k, v, bias))
+        out = roll(join_windows(grid(out, p), y), shift)
         return out[:, :, :height, :width]
 
     def bias(self):
@@ -571,13 +553,11 @@ class WindowAttention(nn.Module):
 
 class MSCA(nn.Module):
     """Multi-scale convolutional attention: a gate from large strip convolutions.
-
     SegNeXt, arXiv 2209.08575 §3.1, Eq. 1:
     g = GELU(W1 x);  z = DW5x5(g);  out = W2 (g ⊙ W3 (z + Σ_k DW_kx1(DW_1xk(z)))) + x, k = 7, 11, 21
     The inner shortcut adds this module's input, that is, the normed map; no sigmoid. The original
     project's copy reads the input in every strip and lacks the shortcut; this is the paper's.
-    Cost: 3NC² + 103NC.
-    """
+    Cost: 3NC² + 103NC."""
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
@@ -602,12 +582,10 @@ class MSCA(nn.Module):
 
 class TokenMixer(nn.Module):
     """MLP-Mixer's token MLP (arXiv 2105.01601 Eq. 1), shared by the channels and by 7x7 windows.
-
     y = W4 GELU(W3 x + b3) + b4 along the 49 positions of a window, hidden width C/2. Windows serve
     any image size; zeros fill the last ones. Without a shift: between windows, the FFN's 3x3
     convolution and the embeddings carry what there is. erf GELU, as in timm; the original has the
-    tanh form. Cost: NC² for the padded N.
-    """
+    tanh form. Cost: NC² for the padded N."""
     SIZE = 7
 
     def __init__(self, dim, heads, reduction, index=0):
@@ -626,10 +604,8 @@ class TokenMixer(nn.Module):
 
 class MHCA(nn.Module):
     """Multi-head convolutional attention: W ReLU(BN(3x3 convolution in groups of channels)).
-
     Next-ViT, arXiv 2207.05501 §3.2. A head is a group; the 1x1 convolution lets them talk. No bias.
-    Cost: 9NC²/h + NC².
-    """
+    Cost: 9NC²/h + NC²."""
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
@@ -643,21 +619,18 @@ class MHCA(nn.Module):
 
 class EMHSA(nn.Module):
     """Attention whose keys are means of R² consecutive tokens (Next-ViT's E-MHSA, §3.3, Eq. 4).
-
     k, v from BN(mean of R² tokens) for R > 1. As in the released code the tokens are those of the
     flattened map, R² along a row and not R x R, and the last ones that do not fill a mean are not
-    seen. Cost: 2NC² + 2MC² + 2NMC, M = ⌊N/R²⌋.
-    """
+    seen. Cost: 2NC² + 2MC² + 2NMC, M = ⌊N/R²⌋."""
     reduces = True
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
-        self.heads = heads
         self.group = reduction ** 2
         self.q, self.k, self.v, self.proj = (Pointwise(dim, dim) for _ in range(4))
         if reduction > 1:
             self.norm = BatchNorm2d(dim)
-        self.attend = Attend()
+        self.attend = Attend(heads)
 
     def reduce(self, x):
         if self.group == 1:
@@ -669,8 +642,8 @@ class EMHSA(nn.Module):
 
     def forward(self, x):
         y = self.reduce(x)
-        q, k, v = (heads_first(tokens(t), self.heads) for t in (self.q(x), self.k(y), self.v(y)))
-        return self.proj(grid(self.attend(q, k, v).transpose(1, 2).flatten(2), x))
+        q, k, v = (tokens(t) for t in (self.q(x), self.k(y), self.v(y)))
+        return self.proj(grid(self.attend(q, k, v), x))
 
 
 ATTENTION = {
@@ -706,10 +679,8 @@ class MLP(nn.Module):
 
 class MixFFN(nn.Module):
     """fc2(GELU(DW3x3(fc1 x))), SegFormer Eq. 3; the residual of that equation is the block's.
-
     The zero-padded depth-wise convolution carries position, so no embedding does.
-    Cost: 2 r N C² + 9 r N C.
-    """
+    Cost: 2 r N C² + 9 r N C."""
 
     def __init__(self, dim, ratio):
         super().__init__()
@@ -736,9 +707,7 @@ class MixReLUFFN(MixFFN):
 
 class DestFFN(nn.Module):
     """fc2(ReLU(BN(DW3x3(BN(fc1 x))))): DEST's Mix-FFN, all of it foldable (arXiv 2204.13791 §3.3).
-
-    Cost: that of MixFFN.
-    """
+    Cost: that of MixFFN."""
 
     def __init__(self, dim, ratio):
         super().__init__()
@@ -764,9 +733,7 @@ FFN = {
 
 class PreNorm(nn.Module):
     """x + DropPath(F(norm x)): the pre-norm residual of nearly all Transformers here.
-
-    norm: makes one norm of a width, e.g. LayerNorm2d with the row's eps.
-    """
+    norm: makes one norm of a width, e.g. LayerNorm2d with the row's eps."""
 
     def __init__(self, branch, dim, norm, drop_path):
         super().__init__()
@@ -780,9 +747,7 @@ class PreNorm(nn.Module):
 
 class ScaledPreNorm(PreNorm):
     """x + DropPath(s ⊙ F(norm x)), s one scale a channel, 0.01 at the start.
-
-    CaiT, arXiv 2103.17239 §2; SegNeXt's blocks.
-    """
+    CaiT, arXiv 2103.17239 §2; SegNeXt's blocks."""
 
     def __init__(self, branch, dim, norm, drop_path):
         super().__init__(branch, dim, norm, drop_path)
@@ -794,10 +759,8 @@ class ScaledPreNorm(PreNorm):
 
 class RecursiveSkip(nn.Module):
     """norm2(DropPath(norm1(F(x) + x)) + x): the shortcut added twice, post-norm.
-
     arXiv 2105.07205, rSkip+LN of order 2. The branch gets x as it is. With separate norms and the
-    drop-path inside, as the original project has it.
-    """
+    drop-path inside, as the original project has it."""
 
     def __init__(self, branch, dim, norm, drop_path):
         super().__init__()
@@ -830,18 +793,14 @@ HEAD_DIM = 32       # channels of a head, or group, in Next-ViT
 
 def attention_width(dim):
     """Channels of an NTB's attention: 3/4 of its output, to the nearest multiple of 32.
-
-    Never below 0.9 of those 3/4.
-    """
+    Never below 0.9 of those 3/4."""
     width = max(HEAD_DIM, int(0.75 * dim + HEAD_DIM / 2) // HEAD_DIM * HEAD_DIM)
     return width if width >= 0.9 * int(0.75 * dim) else width + HEAD_DIM
 
 
 class NextConvBlock(nn.Module):
     """NCB: x + MHCA(x), then x + MLP(BN(x)) with ReLU and ratio 3 (Next-ViT §3.2).
-
-    MHCA has no norm before it.
-    """
+    MHCA has no norm before it."""
 
     def __init__(self, in_dim, dim, drop_path):
         super().__init__()
@@ -859,11 +818,9 @@ class NextConvBlock(nn.Module):
 
 class NextTransformerBlock(nn.Module):
     """NTB: attention on 3/4 of the channels, MHCA on a projection of them, both kept; then an MLP.
-
     Next-ViT §3.3, Eq. 6:
     y = x + attention(BN(x));  z = p + MHCA(p), p = BN(W y);  out = c + MLP(BN(c)), c = cat(y, z)
-    The MLP has ratio 2. Drop-path rates of the three: 0.75, 0.25 and 1 times the block's.
-    """
+    The MLP has ratio 2. Drop-path rates of the three: 0.75, 0.25 and 1 times the block's."""
 
     def __init__(self, attention, in_dim, dim, reduction, index, drop_path):
         super().__init__()
@@ -893,9 +850,7 @@ class NextTransformerBlock(nn.Module):
 
 class Classifier(nn.Module):
     """Mean over the last map's pixels, then Linear: (B, C, H, W) -> (B, K).
-
-    The classification form of every encoder here.
-    """
+    The classification form of every encoder here."""
 
     def __init__(self, dim, num_classes):
         super().__init__()
@@ -915,7 +870,6 @@ def logit_layer(dim, num_classes):
 
 class UpsampledSum(nn.Module):
     """Convolve a concatenation of up-sampled maps with a 1x1 kernel, without making either.
-
     F cat_i(up(W_i x_i + b_i)) + f = Σ_i up((F_i W_i) x_i) + Σ_i F_i b_i + f
     holds exactly, because bilinear up-sampling is linear, acts on each channel alone and its
     weights sum to 1. It breaks with a norm or an activation between W and F, with a kernel F larger
@@ -923,8 +877,7 @@ class UpsampledSum(nn.Module):
     to 1 (zeros beyond the border: b_i would fade there).
     So each level is multiplied at its own resolution, with the merged matrix F_i W_i made anew from
     the two weights at each call: same parameters, function and gradients, fewer multiply-adds
-    (P E Σ C_i for the merge, P the width of the projections).
-    """
+    (P E Σ C_i for the merge, P the width of the projections)."""
 
     def __init__(self):
         super().__init__()
@@ -961,13 +914,11 @@ class UpsampledSum(nn.Module):
 
 class MlpHead(nn.Module):
     """SegFormer's all-MLP decoder (§3.2, Eq. 4), computed by the identity of UpsampledSum.
-
     Z = ReLU(BN(F cat(up(W4 x4 + b4), .., W1 x1 + b1)));  logits = V dropout2d(Z) + v, at stride 4
     The released code drops whole channels (Dropout2d) and names the levels deepest first, as here.
     Of SegFormer-B2's 62.338 GMAC at 512² as the paper draws it (mlp_concat), 42.1 are this decoder
     and 38.7 of them F on the up-sampled concatenation; here they are 3.4 + 0.6 for the merge, in
-    all 24.287, and 23.683 after models.fuse has merged once and for all.
-    """
+    all 24.287, and 23.683 after models.fuse has merged once and for all."""
     uses = (0, 1, 2, 3)
     width = None
 
@@ -990,9 +941,7 @@ class MlpHead(nn.Module):
 
 class MlpConcatHead(MlpHead):
     """The same decoder as the paper draws it: project, up-sample, concatenate, convolve.
-
-    Same weights, same output, 10x the cost.
-    """
+    Same weights, same output, 10x the cost."""
 
     def mix(self, maps):
         levels = [resize(p(x), maps[0].shape[2:]) for p, x in zip(self.projections, maps)]
@@ -1001,10 +950,8 @@ class MlpConcatHead(MlpHead):
 
 class MergedMlpHead(nn.Module):
     """What is left of MlpHead at inference: logits = V ReLU(Σ up(W'_i x_i) + b') + v.
-
     W'_i = BN ∘ F_i W_i, multiplied once and for all. Done in strips of rows, so that what lies
-    between the maps and the logits stays in a CPU's cache.
-    """
+    between the maps and the logits stays in a CPU's cache."""
 
     def __init__(self, head):
         super().__init__()
@@ -1045,7 +992,6 @@ class MergedMlpHead(nn.Module):
 
 class NMF(nn.Module):
     """Global context by a low-rank model of the map ("Hamburger", arXiv 2109.04553 §2.2).
-
     X ≈ C Dᵀ with C, D >= 0: X (N, d) has a pixel a row, C (N, R) are its codes, D (d, R) the bases.
     D random with columns of length 1;  C = softmax(X D);  K times
         C ← C ⊙ X D / (C DᵀD + ε);  D ← D ⊙ XᵀC / (D CᵀC + ε)
@@ -1055,8 +1001,7 @@ class NMF(nn.Module):
     bases at evaluation too, which makes their answers random; here all evaluations share one draw.
     Always float32: XᵀC sums over all pixels and overflows float16.
     Cost: (2K + 2) N d R + (2K + 1)(N + d) R², one N d R less than written: X D serves the soft-max
-    and the first update.
-    """
+    and the first update."""
 
     def __init__(self, dim, rank, steps, eps, one_step=False):
         super().__init__()
@@ -1110,11 +1055,9 @@ class NMF(nn.Module):
 
 class HamHead(nn.Module):
     """SegNeXt's decoder (§3.2), "LightHam": squeeze three maps, add their global context, align.
-
     X = ReLU(GN(S cat(x2, up(x3), up(x4))));  Y = ReLU(X + GN(U NMF(ReLU(L X + l))))
     logits = V dropout2d(ReLU(GN(A Y))) + v, at stride 8
-    S by the identity of UpsampledSum, which saves E (C3 (N2 - N3) + C4 (N2 - N4)) multiply-adds.
-    """
+    S by the identity of UpsampledSum, which saves E (C3 (N2 - N3) + C4 (N2 - N4)) multiply-adds."""
     uses = (1, 2, 3)
     width = 512
 
@@ -1142,10 +1085,8 @@ class HamHead(nn.Module):
 
 class LightHamHead(nn.Module):
     """The original project's lighter Hamburger: squeeze, NMF, classify, and no norm; stride 8.
-
     X = ReLU(S cat(x2, up(x3), up(x4)));  logits = V dropout2d(X + NMF(X)) + v
-    NMF with the one-step gradient; all weights N(0, 0.02), as in its source; S as in HamHead.
-    """
+    NMF with the one-step gradient; all weights N(0, 0.02), as in its source; S as in HamHead."""
     uses = (1, 2, 3)
     width = 512
 
@@ -1171,10 +1112,8 @@ WINDOW = 8      # side of Lawin's windows, in pixels at stride 8
 
 class PositionMixing(nn.Module):
     """Lawin's mixing of a window's 64 positions: c + Wᵢᵀ c + bᵢ, i one of h blocks of channels.
-
     Wᵢ is 64x64, and zero at the start, as released, where W is the transpose of a Linear's weight.
-    Cost: 64 C for each pixel.
-    """
+    Cost: 64 C for each pixel."""
 
     def __init__(self, heads):
         super().__init__()
@@ -1193,7 +1132,6 @@ class PositionMixing(nn.Module):
 
 class LargeWindowAttention(nn.Module):
     """Each 8x8 window attends to the 8R x 8R pixels around it, pooled to 8x8, with R² heads.
-
     Lawin, arXiv 2201.01615:
     z = down_R(x);  c = context windows of z, 8/R apart;  with mixing c = mix(LN(c))
     out = x + BN(Wo softmax(θ(x) φ(c)ᵀ / √d) g(c)), where BN starts at zero
@@ -1204,13 +1142,12 @@ class LargeWindowAttention(nn.Module):
     right and to the bottom.
     Cost for N pixels, inner width I, M = (H/R + 8 - 8/R)(W/R + 8 - 8/R) context pixels:
     N C/R² (R² + C) for down_R, 2NCI + 128NI for θ, the attention and Wo, 2NCI + 64NC for φ, g and
-    the mixing, or 2MCI for φ and g without it.
-    """
+    the mixing, or 2MCI for φ and g without it."""
 
     def __init__(self, dim, ratio, reduction, mixing):
         super().__init__()
         inner = dim // reduction
-        self.heads = ratio ** 2
+        heads = ratio ** 2
         self.stride = WINDOW // ratio
         margin = WINDOW - self.stride
         low, high = margin // 2, margin - margin // 2
@@ -1219,11 +1156,11 @@ class LargeWindowAttention(nn.Module):
         depthwise_norm = ConvNorm(depthwise, BatchNorm2d(dim), nn.ReLU())
         self.down = nn.Sequential(depthwise_norm, conv_bn_relu(dim, dim))
         self.norm = LayerNorm2d(dim) if mixing else None
-        self.mixing = PositionMixing(self.heads) if mixing else None
+        self.mixing = PositionMixing(heads) if mixing else None
         self.theta = Pointwise(dim, inner)
         self.phi = Pointwise(dim, inner)
         self.g = Pointwise(dim, inner)
-        self.attend = Attend()
+        self.attend = Attend(heads)
         self.out = ConvNorm(Pointwise(inner, dim, bias=False), BatchNorm2d(dim))
         for conv in (depthwise, self.out.conv):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -1237,8 +1174,7 @@ class LargeWindowAttention(nn.Module):
         y = fill(x, WINDOW)                                         # (B, C, 8h, 8w)
         theta = windows(self.theta(y), WINDOW, WINDOW)              # (P, I, 8, 8), P = B h w
         phi, g = self.context(F.pad(self.down(y), self.margin))     # (P, I, 8, 8)
-        q, k, v = (heads_first(tokens(t), self.heads) for t in (theta, phi, g))
-        out = self.attend(q, k, v).transpose(1, 2).flatten(2)       # (P, 64, I)
+        out = self.attend(tokens(theta), tokens(phi), tokens(g))    # (P, 64, I)
         out = join_windows(grid(out, theta), y)                     # (B, I, 8h, 8w)
         return x + self.out(out[:, :, :height, :width])
 
@@ -1251,14 +1187,12 @@ class LargeWindowAttention(nn.Module):
 
 class LawinSumHead(nn.Module):
     """Lawin's pyramid of windows as released for B0 and B1: levels and branches are added.
-
     x = Σ_i up(W_i x_i + b_i), i = 4, 3, 2
     y = short(x) + pool(mean(x)) + Σ_R attention_R(x), R = 8, 4, 2;  short and pool: ConvBNReLU
     logits = V dropout2d(ReLU(BN(F cat(up(y), W1 x1 + b1)))) + v, at stride 4
     No position mixing. F by the identity of UpsampledSum, which saves E² (N1 - N2) multiply-adds.
     BN in pool sees one value an image, hence training takes two images a batch.
-    width: E, or (P, E) with P for the projections (B4: 768 and 512).
-    """
+    width: E, or (P, E) with P for the projections (B4: 768 and 512)."""
     uses = (0, 1, 2, 3)
     width = 128
     reduction = 1
@@ -1299,12 +1233,10 @@ class LawinSumHead(nn.Module):
 
 class LawinHead(LawinSumHead):
     """The same as released for B2 to B5: levels and branches are concatenated and convolved.
-
     x = ReLU(BN(G cat(up(W4 x4 + b4), up(W3 x3 + b3), W2 x2 + b2)))
     y = ReLU(BN(H cat(short(x), pool(mean(x)), attentions)));  the context's positions are mixed
     The identity of UpsampledSum saves, besides LawinSumHead's, 3 P E N2 + (P - E) Σ C_i N_i -
-    P E Σ C_i multiply-adds in G (i = 2..4) and E² (N2 - 1) in H.
-    """
+    P E Σ C_i multiply-adds in G (i = 2..4) and E² (N2 - 1) in H."""
     width = 512
     reduction = 2
     mixing = True
@@ -1325,13 +1257,11 @@ class LawinHead(LawinSumHead):
 
 class FpnHead(nn.Module):
     """Semantic FPN (arXiv 1901.02446 §3) as in mmseg, PVT and Next-ViT; logits at stride 4.
-
     Pyramid of width E, head of width E/2:
     L_i = W_i x_i + b_i + nearest(L_{i+1})
     S_1 = g(f(L_1));  S_i = (i - 1 times: g, then up x2)(f(L_i))
     logits = V dropout2d(Σ up(S_i)) + v;  f: 3x3 convolution with bias, g: 3x3 ConvBNReLU
-    Odd sides are doubled as they are: only the sum fits S_i to S_1.
-    """
+    Odd sides are doubled as they are: only the sum fits S_i to S_1."""
     uses = (0, 1, 2, 3)
     width = 256
 
@@ -1418,13 +1348,11 @@ class _CrossEntropy(torch.autograd.Function):
 
 class UpsampledCrossEntropy(nn.Module):
     """Cross entropy of bilinearly up-sampled logits, without the up-sampled logits.
-
     Equals F.cross_entropy(F.interpolate(logits, labels.shape[1:], mode="bilinear"), labels, weight,
     ignore_index=...), a mean over the labelled pixels, each with its class's weight (K,); value and
     gradient are computed strip by strip in O(strip) memory. The logits come to the labels and not
     the labels to the logits: between two classes there is no third, and nearest labels lose what is
-    thin.
-    """
+    thin."""
 
     def __init__(self, ignore_index=255, weight=None):
         super().__init__()
@@ -1442,9 +1370,7 @@ class UpsampledCrossEntropy(nn.Module):
 
     def forward(self, logits, labels, count=None):
         """logits (B, K, h, w), integer labels (B, H, W) -> scalar; nothing labelled: 0, gradient 0.
-
-        count: the divisor, where it is not that of these labels alone.
-        """
+        count: the divisor, where it is not that of these labels alone."""
         count = torch.as_tensor(self.count(labels) if count is None else count)
         count = count.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
         count = count + (count == 0)
@@ -1455,11 +1381,9 @@ class UpsampledCrossEntropy(nn.Module):
 
 def upsampled_argmax(views, size):
     """Class of every pixel at `size` from low-resolution logits -> (B, H, W) int64.
-
     views: logits (B, K, h_i, w_i), each of its own resolution. One: arg-max of the bilinear resize;
     several: arg-max of the mean of their soft-maxes (multi-scale and flip testing; hand a flipped
-    view over flipped back).
-    """
+    view over flipped back)."""
     dtype = torch.promote_types(views[0].dtype, torch.float32)
     views = [v.to(dtype, memory_format=torch.channels_last) for v in views]
     shape = (*views[0].shape[:2], *size)
