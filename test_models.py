@@ -49,6 +49,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import eval
@@ -879,23 +880,65 @@ def test_the_readme_s_new_block_builds_and_counts(monkeypatch):
 
 @pytest.mark.parametrize("batch, classes, low, high",
                          [(2, 150, (16, 16), (64, 64)), (1, 5, (9, 13), (33, 57)), (2, 7, (1, 3), (5, 8)),
-                                                       (1, 4, (8, 8), (4, 5)), (2, 3, (25, 33), (97, 130))])
-@pytest.mark.parametrize("strip", [(2 ** 20, 16), (3000, 4)])
-def test_upsampled_cross_entropy(monkeypatch, batch, classes, low, high, strip):
+                          (1, 4, (8, 8), (4, 5)), (3, 3, (25, 33), (97, 130))])
+@pytest.mark.parametrize("strip, weighted, deterministic",
+                         [((2 ** 20, 16), False, False), ((3000, 4), True, False), ((10 ** 6, 9), True, True)])
+def test_upsampled_cross_entropy(monkeypatch, batch, classes, low, high, strip, weighted, deterministic):
     monkeypatch.setitem(layers.STRIP, "cpu", strip)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     torch.manual_seed(0)
     logits = torch.randn(batch, classes, *low, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(classes, dtype=torch.float64) if weighted else None
     labels = torch.randint(0, classes, (batch, *high))
     labels[torch.rand(batch, *high) < 0.3] = 255
-    loss = layers.UpsampledCrossEntropy()(logits, labels.to(torch.uint8))
+    criterion = layers.UpsampledCrossEntropy(weight=weight)
+    loss = criterion(logits, labels.to(torch.uint8))
     full = F.interpolate(logits, high, mode="bilinear", align_corners=False)
-    expected = F.cross_entropy(full, labels, ignore_index=255)
+    expected = F.cross_entropy(full, labels, weight, ignore_index=255)
     grad, = torch.autograd.grad(3 * loss, logits)
     expected_grad, = torch.autograd.grad(3 * expected, logits)
     assert (loss - expected).abs() < 1e-12 and (grad - expected_grad).abs().max() < 1e-10 * expected_grad.abs().max()
     assert torch.equal(layers.upsampled_argmax([logits], high), full.argmax(1))
-    half = layers.UpsampledCrossEntropy()(logits, labels, count=2 * (labels != 255).sum())
-    assert half.item() == pytest.approx(loss.item() / 2)
+    known = labels[labels != 255]
+    divisor = weight[known].sum() if weighted else len(known)
+    assert criterion.count(labels.to(torch.uint8)).item() == pytest.approx(float(divisor), rel=1e-12)
+    assert criterion(logits, labels, count=2 * divisor).item() == pytest.approx(loss.item() / 2, rel=1e-12)
+
+
+class HostTensors(TorchDispatchMode):
+    """The operators that meet a tensor in the host's memory, which a GPU would have to wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        if any(isinstance(t, torch.Tensor) and t.device.type == "cpu" for t in tree_leaves((args, kwargs, out))):
+            self.names.append(str(operator))
+        return out
+
+
+def test_a_step_and_a_prediction_use_nothing_from_the_host():
+    """No upload, so no wait: the loss with class weights, the fused model, the arg-max."""
+    model = models.build("segformer_b0").to("meta")
+    merged = models.fuse(models.build("segformer_b0").eval()).to("meta")
+    criterion = layers.UpsampledCrossEntropy(weight=torch.ones(150)).to("meta")
+    photos, labels = torch.empty(2, 3, 96, 64, device="meta"), torch.empty(2, 96, 64, device="meta", dtype=torch.uint8)
+    with HostTensors() as host:
+        criterion(model(photos), labels, criterion.count(labels)).backward()
+        with torch.no_grad():
+            layers.upsampled_argmax([merged(photos)], (96, 64))
+    assert host.names == []
+    with HostTensors() as host:
+        torch.ones(2).to("meta")
+    assert host.names       # it does see what it should
+
+
+def test_roll_and_group_norm_keep_channels_last():
+    x = torch.empty(2, 64, 14, 21, device="meta").to(memory_format=torch.channels_last)
+    for out in (layers.roll(x, (-3, -3)), layers.conv_gn(64, 64).to("meta")(x)):
+        assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
