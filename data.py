@@ -363,12 +363,13 @@ def _explained(error):
         if re.search(pattern, text):
             return f"error: {line}"
     if isinstance(error, OSError):
-        return f"error: {shown(error.filename or 'system')}: {error.strerror or shown(error)}"
+        reason = error.strerror or shown(text.splitlines()[-1])
+        return f"error: {shown(error.filename)}: {reason}" if error.filename else f"error: {reason}"
     if not (dist.is_initialized() and isinstance(error, RuntimeError)):
         return None
-    process = f"process {dist.get_rank()}"
+    process, silent = f"process {dist.get_rank()}", _silent()
     if re.search("Timed out|timeout", text):
-        return f"error: {process} waited too long for another one{_silent()}"
+        return f"error: {process} waited too long for another one{silent}"
     if "NCCL" in text:
         return f"error: {process}: {text.splitlines()[-1]}; NCCL_DEBUG=INFO tells more"
     if isinstance(error, dist.DistError) or "gloo" in text or "by peer" in text:
@@ -377,12 +378,12 @@ def _explained(error):
 
 
 def _silent():
-    """Each process that waited in vain leaves a note: those that leave none are the silent ones."""
-    keys = [f"waited {rank}" for rank in range(dist.get_world_size())]
+    """Each process that hears of a failure leaves a note: those that leave none are silent."""
+    keys = [f"heard {rank}" for rank in range(dist.get_world_size())]
     with suppress(RuntimeError):       # the store may have gone as well
         _store.set_timeout(timedelta(seconds=10))
         _store.set(keys[dist.get_rank()], "")
-        time.sleep(5)
+        time.sleep(2)
         return f": process {_missing(keys)} is silent" if _missing(keys) else ""
     return ""
 

@@ -2335,6 +2335,182 @@ def test_evaluation_shards_without_padding(tmp_path):
     assert list(data.eval_loader(dataset, 2, data.Processes(rank=6, world=9), 0)) == []
 
 
+class Counted(list):
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+def test_an_epoch_goes_on_in_its_middle_without_loading_what_was_used(tmp_path):
+    for world in (1, 2):
+        whole, rest = (data.EpochSampler(23, data.Processes(rank=world - 1, world=world), 0, 2) for _ in range(2))
+        whole.epoch, rest.epoch, rest.start = 4, 4, 5
+        assert list(rest) == list(whole)[5:] and len(rest) == len(whole)
+    dataset = data.FolderSegmentation(make_set(tmp_path), "train", crop=16)
+    loader = data.train_loader(dataset, 1, data.Processes(), 0, 0)
+    data.set_epoch(loader, 2)
+    batches = [batch[0] for batch in loader]
+    data.set_epoch(loader, 2, start=len(batches) - 1)
+    dataset.paths = Counted(dataset.paths)
+    (last,) = [batch[0] for batch in loader]
+    assert torch.equal(last, batches[-1]) and dataset.paths.reads == 1
+
+
+def test_seeds_of_steps_differ_and_have_any_size():
+    keys = [(seed, step, rank) for seed in (0, 1, 10 ** 30) for step in (0, 1, 10 ** 6) for rank in (0, 1)]
+    seeds = [data.seed_of(*key) for key in keys]
+    assert len(set(seeds)) == 18 and seeds == [data.seed_of(*key) for key in keys]
+    for seed in seeds:
+        torch.Generator().manual_seed(seed)
+
+
+def test_progress_in_a_file_is_no_bar(capsys):
+    assert list(data.progress(range(3), "counting")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""                            # it was done within half a minute
+
+
+# What happens to a script, each in a fork of one process that has imported torch. -> {name: [exit status, stderr]}
+# The store of the group's processes lives in a process of its own and outlives them, as torchrun's does.
+FAULTS = """
+import errno, json, os, signal, sys, tempfile, time
+import torch, torch.distributed as dist
+import data
+
+heard, told = os.pipe()
+results = {}
+
+def fork(function, **env):
+    file = tempfile.TemporaryFile()
+    process = os.fork()
+    if process:
+        return process, file
+    os.environ.update(env)
+    os.dup2(file.fileno(), 2)
+    try:
+        data.run(function)
+    except SystemExit as stop:
+        os._exit(stop.code)
+    os._exit(0)
+
+def end(name, child, *signals):
+    for signum in signals:
+        os.read(heard, 1)                    # it is ready for the next one
+        os.kill(child[0], signum)
+    status = os.waitstatus_to_exitcode(os.waitpid(child[0], 0)[1])
+    child[1].seek(0)
+    results[name] = [status, child[1].read().decode().strip()]
+
+def busy(deaf=False):
+    with data.STOP.postponed():
+        for _ in range(100):
+            os.write(told, b"x")
+            time.sleep(0.1)
+            if data.STOP.pending() and not deaf:
+                raise data.Stopped(data.STOP.pending(), "step 7 is saved")
+
+def idle():
+    os.write(told, b"x")
+    time.sleep(10)
+
+def fail(error):
+    raise error
+
+class Items:
+    def __init__(self, error):
+        self.error = error
+    def __len__(self):
+        return 3
+    def __getitem__(self, index):
+        if self.error:
+            raise self.error
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        return index
+
+def load(error=None):
+    assert sum(data.eval_loader(Items(error), 2, data.Processes(), 1), []) == [0, 1, 2]
+
+def group():
+    rank = data.start("cpu", 1).rank
+    number = torch.tensor([rank + 1])
+    dist.all_reduce(number)
+    assert number.item() == 3 and data.broadcast({"rank": rank}) == {"rank": 0}
+    if rank == 1:
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os._exit(9)
+        time.sleep(5)
+    dist.all_reduce(number)
+
+def left_behind():
+    if os.fork() == 0:
+        os.environ["TORCHELASTIC_RUN_ID"] = "x"
+        data.run(busy)
+    os.read(heard, 1)
+    os._exit(0)
+
+bad = data.UserError("a.png: is bad")
+end("asked", fork(busy), signal.SIGTERM)
+end("at once", fork(idle), signal.SIGINT)
+end("twice", fork(lambda: busy(deaf=True)), signal.SIGTERM, signal.SIGTERM)
+end("deaf workers", fork(load))
+end("bad file", fork(lambda: fail(bad)))
+end("bad file in a worker", fork(lambda: load(bad)))
+end("disk", fork(lambda: fail(OSError(errno.ENOSPC, "No space left on device", "x.pt"))))
+end("memory", fork(lambda: torch.empty(2 ** 60)))
+end("memory in a worker", fork(lambda: load(MemoryError())))
+end("pipe", fork(lambda: fail(BrokenPipeError())))
+end("bug", fork(lambda: fail(KeyError("oops"))))
+end("alone", fork(lambda: data.start("cpu"), WORLD_SIZE="2", RANK="1"))
+end("no number", fork(lambda: data.start("cpu"), WORLD_SIZE="a", RANK="1", MASTER_ADDR="a", MASTER_PORT="1"))
+child = fork(left_behind)
+os.waitpid(child[0], 0)
+for _ in range(100):                         # until what it left behind has stopped, too
+    time.sleep(0.1)
+    child[1].seek(0)
+    if text := child[1].read().decode().strip():
+        break
+results["left behind"] = [0, text]
+
+ports = os.pipe()
+server = os.fork()
+if server == 0:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(ports[1], str(store.port).encode())
+    time.sleep(60)
+    os._exit(0)
+here = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.read(ports[0], 9).decode(), TORCHELASTIC_USE_AGENT_STORE="True")
+for attempt in ("0", "1"):
+    ranks = [fork(group, **here, WORLD_SIZE="2", RANK=r, TORCHELASTIC_RESTART_COUNT=attempt) for r in "01"]
+    end("group " + attempt, ranks[0])
+    os.kill(ranks[1][0], signal.SIGKILL)
+os.kill(server, signal.SIGKILL)
+print(json.dumps(results))
+"""
+
+
+def test_what_ends_a_script(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+    results = json.loads(done.stdout)
+    out_of_memory = (1, "error: out of memory; try a lower --batch-size")
+    for name, (status, words) in {
+            "asked": (143, "stopped by SIGTERM: step 7 is saved"), "at once": (130, "stopped by SIGINT: "),
+            "twice": (143, ""), "deaf workers": (0, ""), "pipe": (141, ""),
+            "left behind": (0, "stopped by SIGTERM: step 7 is saved"),
+            "bad file": (1, "error: a.png: is bad"), "bad file in a worker": (1, "error: a.png: is bad"),
+            "disk": (1, "error: x.pt: No space left on device"), "memory": out_of_memory,
+            "memory in a worker": out_of_memory, "alone": (0, "note: WORLD_SIZE is set"),
+            "no number": (1, "error: RANK, WORLD_SIZE"),
+            "group 0": (1, "process 0 stops because another one has"),
+            "group 1": (1, "error: process 0 waited too long for another one: process 1 is silent")}.items():
+        assert results[name][0] == status and results[name][1].startswith(words), (name, results[name])
+        assert len(results.pop(name)[1].splitlines()) == (words != ""), name
+    status, text = results.pop("bug")
+    assert status == 1 and text.startswith("Traceback") and text.endswith("KeyError: 'oops'") and not results
+
+
 def test_a_batch_that_cannot_be_filled(tmp_path):
     dataset = data.FolderSegmentation(make_set(tmp_path), "train", crop=16)
     refused(lambda: data.train_loader(dataset, 3, data.Processes(world=2), 0, 0), "--batch-size 3", "4 images")
