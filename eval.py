@@ -10,7 +10,6 @@ ignored; one confusion matrix for the whole set. Classifiers get top-1 and top-5
 neither on the number of processes nor on the batch size. A checkpoint brings its training's
 defaults: --size is its crop, --zero-is-class its own, and pictures get its class names and colours.
 """
-import argparse
 import math
 from contextlib import contextmanager
 from pathlib import Path
@@ -376,7 +375,7 @@ def draw(model, pixels, classes, target):
 # ---- python eval.py ------------------------------------------------------------------------------
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description="Evaluate a model, or draw what it sees.")
+    parser = models.Parser(description="Evaluate a model, or draw what it sees.")
     add = parser.add_argument
     add("--checkpoint", help="best.pt or last.pt of train_seg.py or train_cls.py")
     models.add_model_arguments(parser)

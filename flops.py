@@ -260,7 +260,7 @@ def rows(pattern):
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description="Count multiply-adds and parameters; time models.")
+    parser = models.Parser(description="Count multiply-adds and parameters; time models.")
     add = parser.add_argument
     models.add_model_arguments(parser)
     add("--all", action="store_true", help="every row of `python models.py`, beside --baseline")

@@ -525,6 +525,13 @@ def fuse(model):
 # Command line, catalogue
 # --------------------------------------------------------------------------------------------------
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: one line, without the long list of flags."""
+
+    def error(self, message):
+        raise UserError(message.removeprefix("argument "))
+
+
 def bounded(kind, fits, rule):
     """A type for argparse, whose own one-line error then names the flag and says the rule."""
     def parse(text):
@@ -898,8 +905,7 @@ def training_parser(description, recipe, quick):
     add(flag, help, ...) adds a script's own flags as parser.add_argument does. The values of
     `recipe` hold with --data-path, those of `quick` without; --help shows both.
     """
-    parser = argparse.ArgumentParser(description=description,
-                                     epilog="Defaults in [ ] hold without --data-path.")
+    parser = Parser(description=description, epilog="Defaults in [ ] hold without --data-path.")
 
     def add(flag, help="", **options):
         key = flag[2:].replace("-", "_")

@@ -40,6 +40,7 @@ import zipfile
 import zlib
 from dataclasses import replace
 from functools import lru_cache, partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -3163,25 +3164,48 @@ def tiny(tmp_path_factory):
 def flags(script, tiny, folder, *more):
     """Two epochs of four steps of two images."""
     return ["--data-path", tiny[script], "--output-dir", str(folder), "--model", "segformer_b0", "--batch-size", "2",
-            "--workers", "0",
-            "--epochs", "2", "--warmup", "1", "--lr", "1e-3", "--crop" if script is train_seg else "--image-size", "32",
-            *map(str, more)]
+            "--workers", "0", "--device", "cpu", "--epochs", "2", "--warmup", "1", "--lr", "1e-3",
+            "--crop" if script is train_seg else "--image-size", "32", *map(str, more)]
 
 
 def train(script, *arguments):
     """main() of a script with `flags`, on one thread: for models this small a second one only costs."""
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "keep_memory", lambda: None)            # it is for a process that does nothing else
+        try:
+            script.main(flags(script, *arguments))
+        finally:
+            torch.set_num_threads(2)
+
+
+def launch(script, arguments, processes=None, **more):
+    """The script in a process of its own, or in several under torchrun -> Popen."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return subprocess.Popen([sys.executable, *torchrun, script, *map(str, arguments)], text=True, cwd=HERE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+
+
+def ended(process):
+    """-> exit status, stdout, stderr of a process that must end by itself."""
     try:
-        script.main(flags(script, *arguments))
+        out, err = process.communicate(timeout=240)
     finally:
-        torch.set_num_threads(2)
+        process.kill()
+    return process.returncode, out, err
 
 
-def rows(folder, timed=False):
-    """The rows of log.jsonl, without what the clock says."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if timed or k not in ("seconds", "images_per_second", "peak_memory_gib")}
-            for line in lines]
+TIMES = {"seconds", "images_per_second", "peak_memory_gib"}         # what the clock says
+
+
+def rows(folder):
+    """The rows of log.jsonl, without times."""
+    return untimed([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
+
+
+def untimed(rows):
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def same_bits(a, b):
@@ -3189,17 +3213,26 @@ def same_bits(a, b):
         return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same_bits, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or a != a and b != b
+
+
+def differing(a, b):
+    """The keys of two states under which they differ."""
+    return [key for key in a | b if not same_bits(a.get(key, "absent"), b.get(key, "absent"))]
 
 
 def last(folder):
-    """The content of last.pt, without what the clock says."""
+    """The content of last.pt, without times."""
     state = models.read_checkpoint(folder / "last.pt")
-    return {k: v for k, v in state.items() if k not in ("seconds", "row")}
+    return {key: value for key, value in state.items() if key not in TIMES} | {"rows": untimed(state["rows"])}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 RUNS = {"seg": (train_seg, ["--ema", "0.9"]), "seg accum": (train_seg, ["--accum", "2", "--clip", "1"]),
-        "cls": (train_cls, ["--ema", "0.9"])}
+        "seg fp16": (train_seg, ["--amp", "fp16"]), "cls": (train_cls, ["--ema", "0.9"])}
 
 
 @pytest.fixture(scope="module")
@@ -3216,96 +3249,97 @@ class Cut(Exception):
 
 
 CUTS = {                # where a run ends: (module and name of a function that is called there, when)
-    "in the second step of epoch 2": (None, "learning_rate", lambda step, steps, *_: step == steps // 2 + 1),
-    "instead of writing last.pt": (models, "save_checkpoint", lambda path, c: path.name == "last.pt"
-                                   and c["epoch"] == 2),
-    "before the line in the log": (None, "append", lambda log, row: row["epoch"] == 2),
+    "in the last step of epoch 2": (None, "learning_rate", lambda step, steps, *_: step == steps - 1),
+    "instead of validating": (None, "evaluate", lambda *_, **__: True),
+    "instead of writing last.pt": (models, "save_checkpoint",
+                                   lambda path, c: path.name == "last.pt" and c["epoch"] == 2),
+    "before the log is written": (models, "write_log", lambda output, rows: len(rows) == 2),
 }
 
 
-@pytest.mark.parametrize("name, place",
-                         [("seg", place) for place in CUTS]
-                         + [(name, "in the second step of epoch 2") for name in ("seg accum", "cls")])
+@pytest.mark.parametrize("name, place", [("seg", place) for place in CUTS]
+                         + [(name, "in the last step of epoch 2") for name in RUNS if name != "seg"])
 def test_resuming_gives_the_bits_of_never_having_stopped(tiny, uninterrupted, tmp_path, capsys, name, place):
     script, more = RUNS[name]
     module, function, when = CUTS[place]
+    function = function.replace("evaluate", "evaluate_seg")
     original = getattr(module or script, function)
 
-    def cutting(*args):
+    def cutting(*args, **more):
         if when(*args):
             raise Cut
-        return original(*args)
+        return original(*args, **more)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
         patch.setattr(module or script, function, cutting)
-        train(script, tiny, tmp_path, *more)
-    assert len(rows(tmp_path)) == 1
+        train(script, tiny, tmp_path, *more, "--save-every", "1")
     torch.rand(3)                                                   # whatever the global random stream holds
     train(script, tiny, tmp_path, *more)
     whole = uninterrupted[name]
-    assert same_bits(last(tmp_path), last(whole)) and last(whole)["epoch"] == 2
-    assert rows(tmp_path) == rows(whole) and [row["epoch"] for row in rows(whole)] == [1, 2]
+    assert differing(last(tmp_path), last(whole)) == [] and last(whole)["epoch"] == 2
+    assert same_bits(rows(tmp_path), rows(whole)) and [row["epoch"] for row in rows(whole)] == [1, 2]
     assert same_bits(models.read_checkpoint(tmp_path / "best.pt")["model"],
                      models.read_checkpoint(whole / "best.pt")["model"])
-    continued = place == "in the second step of epoch 2" or "last.pt" in place
-    assert ("continuing after epoch 1" in capsys.readouterr().out) == continued
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert ("continuing after step" in capsys.readouterr().out) == (place != "before the log is written")
+    before = contents(tmp_path)
     train(script, tiny, tmp_path, *more)               # once more: nothing to do, nothing written
     assert "complete already" in capsys.readouterr().out
-    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before == contents(tmp_path)
 
 
-def test_a_killed_run_loses_nothing(tiny, uninterrupted, tmp_path):
-    """kill -9 as soon as the first epoch is in the log."""
-    script, more = RUNS["seg"]
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train_seg.py"),
-                                *flags(script, tiny, tmp_path, *more)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-                               | {"OMP_NUM_THREADS": "1"})
-    while process.poll() is None and not ((tmp_path / "log.jsonl").exists() and rows(tmp_path)):
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -9
-    train(script, tiny, tmp_path, *more)
+def test_a_stopped_and_killed_run_loses_nothing(tiny, uninterrupted, tmp_path):
+    """SIGTERM once the first state is there: 143 and a line; then kill -9; then on to the end."""
+    for status in (143, -9):
+        time_before = (tmp_path / "last.pt").stat().st_mtime_ns if status == -9 else 0
+        process = launch("train_seg.py", flags(train_seg, tiny, tmp_path, "--ema", "0.9", "--save-every", "1"))
+        while process.poll() is None and not ((tmp_path / "last.pt").exists()
+                                              and (tmp_path / "last.pt").stat().st_mtime_ns > time_before):
+            time.sleep(0.002)
+        process.terminate() if status == 143 else process.kill()
+        returncode, out, err = ended(process)
+        assert returncode == status, err
+        assert ("stopped by SIGTERM: " in err and "goes on" in err) == (status == 143)
+    train(train_seg, tiny, tmp_path, "--ema", "0.9")
     assert same_bits(last(tmp_path), last(uninterrupted["seg"])) and rows(tmp_path) == rows(uninterrupted["seg"])
 
 
 def test_resume_begins_a_new_folder_with_the_state_of_another(tiny, uninterrupted, tmp_path, capsys):
     script, more = RUNS["cls"]
     train(script, tiny, tmp_path / "new", *more, "--resume", uninterrupted["cls"])
-    assert "complete already" in capsys.readouterr().out and rows(tmp_path / "new") == rows(uninterrupted["cls"])[1:]
+    assert "complete already" in capsys.readouterr().out and rows(tmp_path / "new") == rows(uninterrupted["cls"])
     for name in ("best.pt", "last.pt"):
         assert (tmp_path / "new" / name).read_bytes() == (uninterrupted["cls"] / name).read_bytes()
+    (tmp_path / "new/log.jsonl").write_bytes(b'{"epoch": 1, "st\xff\x00')       # a torn log mends itself
     train(script, tiny, tmp_path / "new", *more)                    # without --resume: it is the run's folder now
-    assert "complete already" in capsys.readouterr().out
+    assert "complete already" in capsys.readouterr().out and rows(tmp_path / "new") == rows(uninterrupted["cls"])
     (tmp_path / "new/last.pt").unlink()
     refused(lambda: train(script, tiny, tmp_path / "new", *more), "log.jsonl", "last.pt is gone", "--output-dir")
 
 
 def test_another_run_in_the_folder_is_refused_and_kept(tiny, uninterrupted):
     folder = uninterrupted["seg"]
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = contents(folder)
     again = lambda *more: train(train_seg, tiny, folder, "--ema", "0.9", *more)
     refused(lambda: again("--lr", "2e-3", "--clip", "5"), "last.pt", "lr was 0.001, now 0.002", "clip was inf, now 5.0",
             "--output-dir")
     refused(lambda: again("--batch-size", "4"), "effective-batch was 2, now 4")
     refused(lambda: again("--head", "mlp_concat"), "model was segformer_b0, now segformer_b0")
     refused(lambda: train(train_cls, tiny, folder), "another run", "crop was 32, now None")
-    again("--batch-size", "1", "--accum", "2", "--workers", "1")    # the same run in other terms
+    again("--batch-size", "1", "--accum", "2", "--workers", "1", "--save-every", "7")   # the same run in other terms
     holder = subprocess.Popen([sys.executable, "-c",
                                "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
-                               "print('held', flush=True); sys.stdin.read()", folder / "log.jsonl"],
+                               "print('held', flush=True); sys.stdin.read()", folder / ".lock"],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
-    refused(again, folder, "another run is writing here")
+    refused(again, folder, "another run is writing here", f"process {os.getpid()} on ")
     holder.communicate()
     again()
-    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert before == contents(folder)
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "weights"])
 def test_a_corrupt_state_is_one_line_and_stays(tiny, uninterrupted, tmp_path, damage):
-    for path in uninterrupted["cls"].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for name, content in contents(uninterrupted["cls"]).items():
+        (tmp_path / name).write_bytes(content)
     state = tmp_path / "last.pt"
     if damage == "cut":
         state.write_bytes(state.read_bytes()[:100_000])
@@ -3313,9 +3347,9 @@ def test_a_corrupt_state_is_one_line_and_stays(tiny, uninterrupted, tmp_path, da
         state.write_text("version https://git-lfs.github.com/spec/v1\n")
     else:
         state.write_bytes((tmp_path / "best.pt").read_bytes())      # no optimizer
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     refused(lambda: train(train_cls, tiny, tmp_path, "--ema", "0.9"), state)
-    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before == contents(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["seg", "cls"])
@@ -3325,10 +3359,11 @@ def test_a_step_that_is_not_finite_stops_before_it_is_saved(tiny, uninterrupted,
         learning_rate = script.learning_rate
         patch.setattr(script, "learning_rate", lambda step, *rest: float("inf") if step == 5
                       else learning_rate(step, *rest))
-        refused(lambda: train(script, tiny, tmp_path, *more), "step 6", "nan", tmp_path, "keeps epoch 1", "--lr")
+        refused(lambda: train(script, tiny, tmp_path, *more), "step 6", "nan", "--output-dir NEW",
+                f"--pretrain {tmp_path / 'last.pt'}", "--lr")
     assert len(rows(tmp_path)) == 1 and all(v.isfinite().all() for v in last(tmp_path)["model"].values())
     train(script, tiny, tmp_path, *more)
-    assert same_bits(last(tmp_path), last(uninterrupted[name]))
+    assert differing(last(tmp_path), last(uninterrupted[name])) == []
 
 
 def test_a_classifier_hands_its_encoder_over(tiny, uninterrupted, tmp_path, monkeypatch, capsys):
@@ -3342,30 +3377,53 @@ def test_a_classifier_hands_its_encoder_over(tiny, uninterrupted, tmp_path, monk
     head = [key for key in ours if key.startswith("head.") and "num_batches_tracked" not in key]
     assert f"loaded {len(shared)} tensors" in out and f"new by design, freshly initialised: {len(head)} (head." in out
     refused(lambda: train(train_seg, tiny, tmp_path / "b1", "--pretrain", uninterrupted["cls"] / "best.pt", "--model",
-                                         "segformer_b1"), "best.pt", "does not fit segformer_b1",
-            "looks like segformer_b0")
+                          "segformer_b1"), "best.pt", "does not fit segformer_b1", "looks like segformer_b0")
 
 
-def test_mixed_precision_on_the_cpu(tiny, uninterrupted, tmp_path):
-    train(train_seg, tiny, tmp_path, "--amp", "bf16")
-    for mixed, full in zip(rows(tmp_path), rows(uninterrupted["seg"]), strict=True):
+def test_mixed_precision_and_recomputed_blocks(tiny, uninterrupted, tmp_path):
+    """bf16 is near float32, --checkpointing is float32; --eval-every leaves rows without a result."""
+    train(train_seg, tiny, tmp_path / "bf16", "--amp", "bf16", "--eval-every", "2")
+    train(train_seg, tiny, tmp_path / "again", "--ema", "0.9", "--checkpointing")
+    assert "mIoU" not in rows(tmp_path / "bf16")[0] and "mIoU" in rows(tmp_path / "bf16")[1]
+    for mixed, full in zip(rows(tmp_path / "bf16"), rows(uninterrupted["seg"]), strict=True):
         assert mixed["loss"] != full["loss"] and mixed["loss"] == pytest.approx(full["loss"], abs=0.03)
-    assert all(v.dtype != torch.bfloat16 and v.isfinite().all() for v in last(tmp_path)["model"].values())
+    assert all(v.dtype != torch.bfloat16 and v.isfinite().all() for v in last(tmp_path / "bf16")["model"].values())
+    for again, full in zip(rows(tmp_path / "again"), rows(uninterrupted["seg"]), strict=True):
+        assert again["loss"] == pytest.approx(full["loss"], abs=1e-5)
+        assert set(again["iou"]) == set(last(tmp_path / "again")["classes"]) and again["val_loss"] > 0
 
 
 def test_learning_rates_against_their_formulas():
-    """mmcv's poly schedule of power 1 with linear warm-up of ratio 1e-6; timm's cosine down to 1e-5."""
+    """mmcv's poly schedule with linear warm-up of ratio 1e-6; timm's cosine down to 1e-5."""
+    args = SimpleNamespace(lr=6e-5, min_lr=1e-6, power=0.9)
     for step in range(100):
         k = (1 - step / 20) * (1 - 1e-6) if step < 20 else 0
-        assert train_seg.learning_rate(step, 100, 20, 6e-5) == pytest.approx(6e-5 * (1 - step / 100) * (1 - k),
-                                                                             rel=1e-9)
-        assert train_seg.learning_rate(step, 100, 0, 6e-5) == pytest.approx(6e-5 * (1 - step / 100))
+        poly = (6e-5 - 1e-6) * (1 - step / 100) ** 0.9 + 1e-6
+        assert train_seg.learning_rate(step, 100, 20, args) == pytest.approx(poly * (1 - k), rel=1e-9)
+        assert train_seg.learning_rate(step, 100, 0, args) == pytest.approx(poly)
     rates = [train_cls.learning_rate(step, 100, 20, 1e-3) for step in range(101)]
     assert rates[0] == pytest.approx(1e-6) and rates[10] == pytest.approx((1e-6 + 1e-3) / 2)
     assert rates[20] == pytest.approx(1e-3)
     assert rates[60] == pytest.approx((1e-3 + 1e-5) / 2) and rates[100] == pytest.approx(1e-5)
     assert rates[40] == pytest.approx(1e-5 + (1e-3 - 1e-5) * (2 + 2 ** 0.5) / 4)
     assert sorted(rates[20:], reverse=True) == rates[20:]
+    assert models.warmup_steps(None, 1000, 100) == 50 and models.warmup_steps(None, 10 ** 6, 100) == 1500
+    assert models.warmup_steps(models.steps_or_epochs("2.5e"), 1000, 100) == 250
+    assert models.warmup_steps(models.steps_or_epochs("30"), 1000, 100) == 30
+    refused(lambda: models.warmup_steps(models.steps_or_epochs("5e"), 100, 20), "--warmup", "100 steps")
+
+
+def test_the_moving_average_against_its_formula():
+    """d = min(decay, (1 + t) / (10 + t)); counters are copied."""
+    model, average = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    expected = average.weight.detach().double().clone()
+    for step in range(30):
+        nn.init.normal_(model.weight)
+        model.num_batches_tracked += 1
+        models.update_average(average, model, 0.7, step)
+        decay = min(0.7, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach().double()
+    assert torch.allclose(average.weight.double(), expected, atol=1e-6) and average.num_batches_tracked == 30
 
 
 def still(build):
@@ -3381,7 +3439,7 @@ def still(build):
     return wrapped
 
 
-TWO = """
+STILL = """
 import sys
 sys.path.insert(0, {here!r})
 import data, models, test_models, train_cls, train_seg
@@ -3395,7 +3453,7 @@ def test_two_processes_and_two_passes_equal_the_doubled_batch(tiny, tmp_path, mo
     more = ["--drop-path", "0"]
     if script is train_cls:
         more += ["--mixup", "0", "--cutmix", "0"]                   # the mixing is drawn for each process and pass
-    (tmp_path / "two.py").write_text(TWO.format(here=HERE, script=script.__name__))
+    (tmp_path / "two.py").write_text(STILL.format(here=HERE, script=script.__name__))
     status, out, err = run(tmp_path / "two.py", *flags(script, tiny, tmp_path / "two", *more), processes=2)
     assert status == 0 and "effective batch 4 = 2 images x 2 processes x 1 passes" in out, err
     monkeypatch.setattr(models, "build", still(models.build))
@@ -3409,6 +3467,22 @@ def test_two_processes_and_two_passes_equal_the_doubled_batch(tiny, tmp_path, mo
             assert all(a[key] == pytest.approx(b[key], abs=0.2) for key in a if key in ("mIoU", "aAcc", "top1"))
 
 
+def test_two_processes_that_were_stopped_end_with_the_bits_of_never_having_stopped(tiny, tmp_path):
+    """SIGTERM to torchrun once a state is there, which hands it to both."""
+    run = lambda folder: launch("train_seg.py", flags(train_seg, tiny, tmp_path / folder, "--save-every", "1"), 2)
+    process = run("stopped")
+    while process.poll() is None and not (tmp_path / "stopped/last.pt").exists():
+        time.sleep(0.01)
+    process.terminate()
+    status, _, err = ended(process)
+    assert status != 0 and err.count("stopped by SIGTERM: ") == 1, err
+    for folder in ("stopped", "whole"):
+        status, out, err = ended(run(folder))
+        assert status == 0 and ("continuing after step" in out) == (folder == "stopped"), err
+    assert same_bits(last(tmp_path / "stopped"), last(tmp_path / "whole"))
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+
+
 def test_mistakes_under_torchrun_come_first(tmp_path):
     status, _, err = run("train_seg.py", "--data-path", tmp_path / "nowhere", processes=2)
     assert status != 0 and err.startswith(f"error: {tmp_path}/nowhere: no such folder")
@@ -3417,15 +3491,16 @@ def test_mistakes_under_torchrun_come_first(tmp_path):
 def test_mistakes_on_the_command_line(tiny, tmp_path):
     seg = lambda *more: lambda: train(train_seg, tiny, tmp_path / "run", *more)
     for key, value in (("workers", "-1"), ("seed", "-1"), ("ema", "1.5"), ("lr", "0"), ("drop-path", "1"),
-                       ("warmup", "-1"), ("lr", "nan")):
-        refused(seg(f"--{key}", value),
-                f"--{key} {float(value) if key in ('ema', 'lr', 'drop-path') else value}: must be")
+                       ("warmup", "-1"), ("lr", "nan"), ("eval-every", "0"), ("crop", "x")):
+        refused(seg(f"--{key}", value), f"--{key}: '{value}': must be")
     refused(seg("--model", "segformer_b9"), "segformer_b9", "segformer_b0, segformer_b1")
     refused(seg("--attn", "magic"), "--attn", "magic", "sra")
-    refused(seg("--crop", "16"), "16", "29 pixels")
+    refused(seg("--crop", "16"), "--crop", "16", "29 pixels")
     refused(seg("--batch-size", "9"), "--batch-size 9", "8 images")
     refused(seg("--batch-size", "4", "--accum", "3"), "--accum 3")
-    refused(seg("--sync-bn", "--device", "cpu"), "--sync-bn")
+    refused(seg("--warmup", "2e"), "--warmup", "8 steps")
+    refused(seg("--sync-bn"), "--sync-bn")
+    refused(seg("--deterministic"), "--deterministic")
     refused(seg("--device", "abacus"), "--device abacus")
     refused(seg("--device", "mps"), "--device mps", "use cpu, cuda or cuda:N")
     refused(seg("--resume", tmp_path / "nowhere"), "nowhere", "no such file")
@@ -3433,13 +3508,25 @@ def test_mistakes_on_the_command_line(tiny, tmp_path):
     refused(seg("--data-path", tiny[train_cls]), tiny[train_cls], "images/ with annotations/")
     (tmp_path / "file").write_text("")
     refused(seg("--output-dir", tmp_path / "file"), tmp_path / "file", "--output-dir")
-    refused(lambda: train(train_cls, tiny, tmp_path / "run", "--erase", "2"), "--erase 2.0")
+    refused(lambda: train(train_cls, tiny, tmp_path / "run", "--erase", "2"), "--erase: '2'")
     refused(lambda: train(train_cls, tiny, tmp_path / "run", "--data-path", tiny[train_seg]), "train", "class")
+    refused(lambda: train(train_cls, tiny, tmp_path / "run", "--colour", "red"), "--colour")
     assert not (tmp_path / "run/last.pt").exists()
+
+
+def test_the_processes_share_the_recipes_batch():
+    """16 images in all, however many processes and passes; nothing is rounded."""
+    args = SimpleNamespace(data_path="PATH", batch_size=None, accum=2, sync_bn=False, deterministic=False)
+    models.settle_arguments(args, {"batch_size": 16}, {}, data.Processes(world=4))
+    assert args.batch_size == 2
+    args.batch_size = None
+    refused(lambda: models.settle_arguments(args, {"batch_size": 16}, {}, data.Processes(world=3)), "--batch-size",
+            "16 images", "3 processes")
 
 
 def test_the_embedded_data_train_without_a_flag(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "keep_memory", lambda: None)
     monkeypatch.setattr(data.Shapes, "COUNT", {"train": 32, "val": 7})
     for script, folder, score in ((train_seg, "runs/seg-segformer_b0-shapes", "mIoU"),
                                   (train_cls, "runs/cls-segformer_b0-shapes", "top1")):
@@ -3447,10 +3534,11 @@ def test_the_embedded_data_train_without_a_flag(tmp_path, monkeypatch, capsys):
         script.main(["--epochs", "1", "--workers", "0"])
         torch.set_num_threads(2)
         out = capsys.readouterr().out
-        assert "complete: best" in out and folder in out
+        assert "complete: best" in out and folder in out and "weight-decay=0.0" in out and "0:00:00 left" in out
         written = {path.name for path in (tmp_path / folder).iterdir()}
-        assert written == {"last.pt", "best.pt", "log.jsonl"} | ({"samples.png"} if script is train_seg else set())
-        row, = rows(tmp_path / folder, timed=True)
+        assert written == {".lock", "last.pt", "best.pt", "log.jsonl", "curve.png"} | (
+            {"samples.png"} if script is train_seg else set())
+        row, = (json.loads(line) for line in (tmp_path / folder / "log.jsonl").open())
         assert 0 <= row[score] <= 100 and row["seconds"] > 0 and row["images_per_second"] > 0
     assert Image.open(tmp_path / "runs/seg-segformer_b0-shapes/samples.png").size[1] > 6 * data.Shapes.SIZE
 

@@ -92,6 +92,9 @@ def main(argv=None):
     torch.manual_seed(args.seed % 2 ** 64)
     model = models.build(args.model, "cls", train_set.num_classes, args.drop_path,
                          **models.slots_from(args))
+    if args.image_size < model.encoder.smallest:
+        raise UserError(f"--image-size {args.image_size}: {model.spec} needs at least "
+                        f"{model.encoder.smallest} pixels a side")
 
     # The run's folder, and the state in it to go on from. Process 0 reads for all, and hands the
     # state on: the others may be on machines that do not see the folder.
