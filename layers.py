@@ -102,7 +102,6 @@ def full_precision(x):
 
 class MatMul(nn.Module):
     """`a @ b` of two computed tensors, as a module so that a FLOPs hook sees it."""
-
     def forward(self, a, b):
         return a @ b
 
@@ -111,7 +110,6 @@ class Attend(nn.Module):
     """softmax(q kᵀ / √d + bias) v in each of h heads, by F.scaled_dot_product_attention.
     q (B, N, C), k and v (B, M, C), bias (B or 1, h or 1, N, M) -> (B, N, C).
     Cost: 2 N M C multiply-adds, whatever the number of heads."""
-
     def __init__(self, heads):
         super().__init__()
         self.heads = heads
@@ -126,21 +124,18 @@ class Pointwise(nn.Conv2d):
     """A Linear layer on a map's channels, held as a 1x1 convolution (files store either shape).
     The CPU's convolution is a fifth faster on whole maps than the matrix product that it is; on 7x7
     windows it is the reverse."""
-
     def __init__(self, in_dim, dim, bias=True):
         super().__init__(in_dim, dim, 1, bias=bias)
 
 
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of a (B, C, H, W) map: Transformers' norm, pixel by pixel."""
-
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ConvNorm(nn.Sequential):
     """Convolution, then norm, then activation. models.fuse folds the norm into the convolution."""
-
     def __init__(self, conv, norm, act=None):
         super().__init__()
         self.conv = conv
@@ -152,7 +147,6 @@ class ConvNorm(nn.Sequential):
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): in training, drop a sample's whole branch with
     probability p and scale the rest by 1/(1-p)."""
-
     def __init__(self, p):
         super().__init__()
         self.p = p
@@ -166,7 +160,6 @@ class DropPath(nn.Module):
 
 class BatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over (B, H, W). A batch of one 1 x 1 map has no variance: a UserError says so."""
-
     def forward(self, x):
         if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
             raise UserError("BatchNorm in training mode got one image whose map is 1 x 1: no "
@@ -176,11 +169,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class GroupNorm2d(nn.GroupNorm):
-    """GroupNorm in 32 groups that stays channels_last, which PyTorch's does not on GPUs."""
-
-    def __init__(self, dim):
-        super().__init__(32, dim)
-
+    """GroupNorm that stays channels_last, which PyTorch's does not on GPUs."""
     def forward(self, x):
         return super().forward(x).contiguous(memory_format=torch.channels_last)
 
@@ -193,13 +182,10 @@ def conv_norm(norm, in_dim, dim, kernel=1, act=nn.ReLU):
 
 
 conv_bn_relu = partial(conv_norm, BatchNorm2d)
-conv_gn = partial(conv_norm, GroupNorm2d)
+conv_gn = partial(conv_norm, partial(GroupNorm2d, 32))
 
 
-NORM = {
-    "ln": LayerNorm2d,
-    "bn": BatchNorm2d,
-}
+NORM = {"ln": LayerNorm2d, "bn": BatchNorm2d}
 
 
 # ---- Bilinear up-sampling: of a whole map, and of a strip of its rows ----------------------------
@@ -272,7 +258,6 @@ def downsample_strip(grad, rows, vertical, like):
 class OverlapEmbed(ConvNorm):
     """Overlapping patches: a strided 7x7 (stem) or 3x3 convolution, then a norm.
     SegFormer §3.1; PVTv2 §3.3. Zero padding k//2 gives ceil(H/s) for any H."""
-
     def __init__(self, in_dim, dim, stride, norm):
         kernel = 2 * stride - 1
         conv = nn.Conv2d(in_dim, dim, kernel, stride, kernel // 2)
@@ -284,7 +269,6 @@ class PatchEmbed(nn.Module):
     arXiv 2103.14030. Merging: norm, then Linear without bias, of the 2x2 neighbours' channels in
     the order (row, column) 00, 10, 01, 11. Zeros fill the last patch to the right and below, as in
     the released segmentation code."""
-
     def __init__(self, in_dim, dim, stride, norm):
         super().__init__()
         self.stride = stride
@@ -307,9 +291,7 @@ class PatchEmbed(nn.Module):
 
 
 class ConvEmbed(nn.Sequential):
-    """3x3 convolutions of stride 2, each with a norm (SegNeXt §3.1).
-    The stem has two, with a GELU between them alone."""
-
+    """3x3 convolution of stride 2, norm; the stem has two, a GELU between them (SegNeXt §3.1)."""
     def __init__(self, in_dim, dim, stride, norm):
         step = lambda a, b, act=None: ConvNorm(nn.Conv2d(a, b, 3, 2, 1), norm(b, eps=1e-5), act)
         if stride == 4:
@@ -323,7 +305,6 @@ class NextEmbed(nn.Sequential):
     The stem is four 3x3 ConvNormReLU. Where sides are odd, the last mean is over the pixels that
     are there. The stem's 64 channels go through a 1x1 convolution where the first stage has another
     width: in the released code that one belongs to the stage's first block."""
-
     def __init__(self, in_dim, dim, stride, norm):
         steps = []
         if stride == 4:
@@ -387,7 +368,6 @@ class EfficientAttention(nn.Module):
     SegFormer's blocks put behind it. Widths 64 and 32 in every stage, as the original project has
     them; heads: the largest power of two up to the row's, as both must divide by it.
     Cost: 192NC + NC² + 4096 N / h."""
-
     def __init__(self, dim, heads, reduction, index=0, key_dim=64, value_dim=32):
         super().__init__()
         self.heads = 2 ** int(math.log2(heads))
@@ -433,7 +413,6 @@ class NoProjection(nn.Module):
     """To be put before an attention class: no output projection.
     Saves NC² multiply-adds and C² + C parameters; in a whole SegFormer-B2, 1,482,816 parameters and
     1.300 GMAC: `python flops.py --model segformer_b2 --attn lsra`, then `--attn lsra_noproj`."""
-
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__(dim, heads, reduction)
         self.proj = nn.Identity()
@@ -558,7 +537,6 @@ class MSCA(nn.Module):
     The inner shortcut adds this module's input, that is, the normed map; no sigmoid. The original
     project's copy reads the input in every strip and lacks the shortcut; this is the paper's.
     Cost: 3NC² + 103NC."""
-
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
 
@@ -582,10 +560,10 @@ class MSCA(nn.Module):
 
 class TokenMixer(nn.Module):
     """MLP-Mixer's token MLP (arXiv 2105.01601 Eq. 1), shared by the channels and by 7x7 windows.
-    y = W4 GELU(W3 x + b3) + b4 along the 49 positions of a window, hidden width C/2. Windows serve
-    any image size; zeros fill the last ones. Without a shift: between windows, the FFN's 3x3
-    convolution and the embeddings carry what there is. erf GELU, as in timm; the original has the
-    tanh form. Cost: NC² for the padded N."""
+    y = W4 GELU(W3 x + b3) + b4 along a window's 49 positions, hidden width C/2. Windows serve any
+    image size, zeros fill the last ones; between them the FFN's 3x3 convolution and the embeddings
+    carry what there is. erf GELU, as in timm; the original has the tanh form. Cost: NC², N padded.
+    """
     SIZE = 7
 
     def __init__(self, dim, heads, reduction, index=0):
@@ -606,7 +584,6 @@ class MHCA(nn.Module):
     """Multi-head convolutional attention: W ReLU(BN(3x3 convolution in groups of channels)).
     Next-ViT, arXiv 2207.05501 §3.2. A head is a group; the 1x1 convolution lets them talk. No bias.
     Cost: 9NC²/h + NC²."""
-
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
         conv = nn.Conv2d(dim, dim, 3, padding=1, groups=heads, bias=False)
@@ -642,7 +619,7 @@ class EMHSA(nn.Module):
 
     def forward(self, x):
         y = self.reduce(x)
-        q, k, v = (tokens(t) for t in (self.q(x), self.k(y), self.v(y)))
+        q, k, v = tokens(self.q(x)), tokens(self.k(y)), tokens(self.v(y))
         return self.proj(grid(self.attend(q, k, v), x))
 
 
@@ -666,7 +643,6 @@ ATTENTION = {
 
 class MLP(nn.Module):
     """fc2(act(fc1 x)): the Transformer's own. Cost: 2 r N C²."""
-
     def __init__(self, dim, ratio, act=nn.GELU):
         super().__init__()
         self.fc1 = Pointwise(dim, dim * ratio)
@@ -681,7 +657,6 @@ class MixFFN(nn.Module):
     """fc2(GELU(DW3x3(fc1 x))), SegFormer Eq. 3; the residual of that equation is the block's.
     The zero-padded depth-wise convolution carries position, so no embedding does.
     Cost: 2 r N C² + 9 r N C."""
-
     def __init__(self, dim, ratio):
         super().__init__()
         hidden = dim * ratio
@@ -696,7 +671,6 @@ class MixFFN(nn.Module):
 
 class MixReLUFFN(MixFFN):
     """MixFFN with a ReLU after fc1: so PVTv2's linear models in their code, not in the paper."""
-
     def __init__(self, dim, ratio):
         super().__init__(dim, ratio)
         self.relu = nn.ReLU()
@@ -706,9 +680,7 @@ class MixReLUFFN(MixFFN):
 
 
 class DestFFN(nn.Module):
-    """fc2(ReLU(BN(DW3x3(BN(fc1 x))))): DEST's Mix-FFN, all of it foldable (arXiv 2204.13791 §3.3).
-    Cost: that of MixFFN."""
-
+    """fc2(ReLU(BN(DW3x3(BN(fc1 x))))): DEST's Mix-FFN, foldable (§3.3). Cost: that of MixFFN."""
     def __init__(self, dim, ratio):
         super().__init__()
         hidden = dim * ratio
@@ -734,7 +706,6 @@ FFN = {
 class PreNorm(nn.Module):
     """x + DropPath(F(norm x)): the pre-norm residual of nearly all Transformers here.
     norm: makes one norm of a width, e.g. LayerNorm2d with the row's eps."""
-
     def __init__(self, branch, dim, norm, drop_path):
         super().__init__()
         self.norm = norm(dim)
@@ -746,9 +717,7 @@ class PreNorm(nn.Module):
 
 
 class ScaledPreNorm(PreNorm):
-    """x + DropPath(s ⊙ F(norm x)), s one scale a channel, 0.01 at the start.
-    CaiT, arXiv 2103.17239 §2; SegNeXt's blocks."""
-
+    """x + DropPath(s ⊙ F(norm x)), s a scale a channel, first 0.01 (CaiT, arXiv 2103.17239 §2)."""
     def __init__(self, branch, dim, norm, drop_path):
         super().__init__(branch, dim, norm, drop_path)
         self.scale = nn.Parameter(torch.full((dim,), 1e-2))
@@ -761,7 +730,6 @@ class RecursiveSkip(nn.Module):
     """norm2(DropPath(norm1(F(x) + x)) + x): the shortcut added twice, post-norm.
     arXiv 2105.07205, rSkip+LN of order 2. The branch gets x as it is. With separate norms and the
     drop-path inside, as the original project has it."""
-
     def __init__(self, branch, dim, norm, drop_path):
         super().__init__()
         self.branch = branch
@@ -772,16 +740,11 @@ class RecursiveSkip(nn.Module):
         return self.norm2(self.drop_path(self.norm1(self.branch(x) + x)) + x)
 
 
-SKIP = {
-    "pre": PreNorm,
-    "scaled": ScaledPreNorm,
-    "recursive": RecursiveSkip,
-}
+SKIP = {"pre": PreNorm, "scaled": ScaledPreNorm, "recursive": RecursiveSkip}
 
 
 class Block(nn.Sequential):
     """A stage's block: the token-mixing branch, then the channel-mixing one, each in its skip."""
-
     def __init__(self, attn, ffn):
         super().__init__()
         self.attn = attn
@@ -792,16 +755,13 @@ HEAD_DIM = 32       # channels of a head, or group, in Next-ViT
 
 
 def attention_width(dim):
-    """Channels of an NTB's attention: 3/4 of its output, to the nearest multiple of 32.
-    Never below 0.9 of those 3/4."""
+    """Channels of an NTB's attention: 3/4 of its output, to a multiple of 32, but >= 0.9 of it."""
     width = max(HEAD_DIM, int(0.75 * dim + HEAD_DIM / 2) // HEAD_DIM * HEAD_DIM)
     return width if width >= 0.9 * int(0.75 * dim) else width + HEAD_DIM
 
 
 class NextConvBlock(nn.Module):
-    """NCB: x + MHCA(x), then x + MLP(BN(x)) with ReLU and ratio 3 (Next-ViT §3.2).
-    MHCA has no norm before it."""
-
+    """NCB: x + MHCA(x), no norm before it, then x + MLP(BN(x)), ReLU, ratio 3 (Next-ViT §3.2)."""
     def __init__(self, in_dim, dim, drop_path):
         super().__init__()
         self.patch_embed = NextEmbed(in_dim, dim, 1, BatchNorm2d)   # nothing, if the widths agree
@@ -821,7 +781,6 @@ class NextTransformerBlock(nn.Module):
     Next-ViT §3.3, Eq. 6:
     y = x + attention(BN(x));  z = p + MHCA(p), p = BN(W y);  out = c + MLP(BN(c)), c = cat(y, z)
     The MLP has ratio 2. Drop-path rates of the three: 0.75, 0.25 and 1 times the block's."""
-
     def __init__(self, attention, in_dim, dim, reduction, index, drop_path):
         super().__init__()
         wide = attention_width(dim)
@@ -849,9 +808,7 @@ class NextTransformerBlock(nn.Module):
 # ---- Heads: decoders for segmentation, one classifier --------------------------------------------
 
 class Classifier(nn.Module):
-    """Mean over the last map's pixels, then Linear: (B, C, H, W) -> (B, K).
-    The classification form of every encoder here."""
-
+    """Every encoder's classification: mean over the last map's pixels, then Linear -> (B, K)."""
     def __init__(self, dim, num_classes):
         super().__init__()
         self.fc = nn.Linear(dim, num_classes)
@@ -875,10 +832,9 @@ class UpsampledSum(nn.Module):
     weights sum to 1. It breaks with a norm or an activation between W and F, with a kernel F larger
     than 1x1 (it mixes pixels, and would do so before up-sampling), and with weights that do not sum
     to 1 (zeros beyond the border: b_i would fade there).
-    So each level is multiplied at its own resolution, with the merged matrix F_i W_i made anew from
-    the two weights at each call: same parameters, function and gradients, fewer multiply-adds
-    (P E Σ C_i for the merge, P the width of the projections)."""
-
+    So each level is multiplied at its own resolution, with F_i W_i made anew at each call: same
+    parameters, function and gradients, fewer multiply-adds (P E Σ C_i of them for the merge, P the
+    width of the projections)."""
     def __init__(self):
         super().__init__()
         self.merge = MatMul()
@@ -919,8 +875,7 @@ class MlpHead(nn.Module):
     Of SegFormer-B2's 62.338 GMAC at 512² as the paper draws it (mlp_concat), 42.1 are this decoder
     and 38.7 of them F on the up-sampled concatenation; here they are 3.4 + 0.6 for the merge, in
     all 24.287, and 23.683 after models.fuse has merged once and for all."""
-    uses = (0, 1, 2, 3)
-    width = None
+    uses, width = (0, 1, 2, 3), None
 
     def __init__(self, dims, num_classes, width, rank=None):
         super().__init__()
@@ -931,9 +886,8 @@ class MlpHead(nn.Module):
         self.classifier = Pointwise(width, num_classes)
 
     def forward(self, maps):
-        x = self.fuse.norm(self.mix(maps))
-        x = self.fuse.act(self.dropout(x))      # a scale passes ReLU: one map less to keep
-        return self.classifier(x)
+        x = self.dropout(self.fuse.norm(self.mix(maps)))
+        return self.classifier(self.fuse.act(x))        # a scale passes ReLU: one map less to keep
 
     def mix(self, maps):
         return self.sum(self.fuse.conv, maps[::-1], self.projections[::-1])
@@ -942,7 +896,6 @@ class MlpHead(nn.Module):
 class MlpConcatHead(MlpHead):
     """The same decoder as the paper draws it: project, up-sample, concatenate, convolve.
     Same weights, same output, 10x the cost."""
-
     def mix(self, maps):
         levels = [resize(p(x), maps[0].shape[2:]) for p, x in zip(self.projections, maps)]
         return self.fuse.conv(torch.cat(levels[::-1], 1))
@@ -952,7 +905,6 @@ class MergedMlpHead(nn.Module):
     """What is left of MlpHead at inference: logits = V ReLU(Σ up(W'_i x_i) + b') + v.
     W'_i = BN ∘ F_i W_i, multiplied once and for all. Done in strips of rows, so that what lies
     between the maps and the logits stays in a CPU's cache."""
-
     def __init__(self, head):
         super().__init__()
         fuse = head.fuse.conv                                       # its norm is folded already
@@ -1002,7 +954,6 @@ class NMF(nn.Module):
     Always float32: XᵀC sums over all pixels and overflows float16.
     Cost: (2K + 2) N d R + (2K + 1)(N + d) R², one N d R less than written: X D serves the soft-max
     and the first update."""
-
     def __init__(self, dim, rank, steps, eps, one_step=False):
         super().__init__()
         self.train_steps, self.eval_steps = steps
@@ -1057,9 +1008,8 @@ class HamHead(nn.Module):
     """SegNeXt's decoder (§3.2), "LightHam": squeeze three maps, add their global context, align.
     X = ReLU(GN(S cat(x2, up(x3), up(x4))));  Y = ReLU(X + GN(U NMF(ReLU(L X + l))))
     logits = V dropout2d(ReLU(GN(A Y))) + v, at stride 8
-    S by the identity of UpsampledSum, which saves E (C3 (N2 - N3) + C4 (N2 - N4)) multiply-adds."""
-    uses = (1, 2, 3)
-    width = 512
+    S by UpsampledSum, which saves E (C3 (N2 - N3) + C4 (N2 - N4)) multiply-adds."""
+    uses, width = (1, 2, 3), 512
 
     def __init__(self, dims, num_classes, width, rank):
         super().__init__()
@@ -1087,8 +1037,7 @@ class LightHamHead(nn.Module):
     """The original project's lighter Hamburger: squeeze, NMF, classify, and no norm; stride 8.
     X = ReLU(S cat(x2, up(x3), up(x4)));  logits = V dropout2d(X + NMF(X)) + v
     NMF with the one-step gradient; all weights N(0, 0.02), as in its source; S as in HamHead."""
-    uses = (1, 2, 3)
-    width = 512
+    uses, width = (1, 2, 3), 512
 
     def __init__(self, dims, num_classes, width, rank):
         super().__init__()
@@ -1112,9 +1061,7 @@ WINDOW = 8      # side of Lawin's windows, in pixels at stride 8
 
 class PositionMixing(nn.Module):
     """Lawin's mixing of a window's 64 positions: c + Wᵢᵀ c + bᵢ, i one of h blocks of channels.
-    Wᵢ is 64x64, and zero at the start, as released, where W is the transpose of a Linear's weight.
-    Cost: 64 C for each pixel."""
-
+    Wᵢ (64, 64) starts at zero, as released (there a Linear's transpose). Cost: 64 C a pixel."""
     def __init__(self, heads):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(heads, WINDOW ** 2, WINDOW ** 2))
@@ -1143,7 +1090,6 @@ class LargeWindowAttention(nn.Module):
     Cost for N pixels, inner width I, M = (H/R + 8 - 8/R)(W/R + 8 - 8/R) context pixels:
     N C/R² (R² + C) for down_R, 2NCI + 128NI for θ, the attention and Wo, 2NCI + 64NC for φ, g and
     the mixing, or 2MCI for φ and g without it."""
-
     def __init__(self, dim, ratio, reduction, mixing):
         super().__init__()
         inner = dim // reduction
@@ -1193,8 +1139,7 @@ class LawinSumHead(nn.Module):
     No position mixing. F by the identity of UpsampledSum, which saves E² (N1 - N2) multiply-adds.
     BN in pool sees one value an image, hence training takes two images a batch.
     width: E, or (P, E) with P for the projections (B4: 768 and 512)."""
-    uses = (0, 1, 2, 3)
-    width = 128
+    uses, width = (0, 1, 2, 3), 128
     reduction = 1
     mixing = False
 
@@ -1262,8 +1207,7 @@ class FpnHead(nn.Module):
     S_1 = g(f(L_1));  S_i = (i - 1 times: g, then up x2)(f(L_i))
     logits = V dropout2d(Σ up(S_i)) + v;  f: 3x3 convolution with bias, g: 3x3 ConvBNReLU
     Odd sides are doubled as they are: only the sum fits S_i to S_1."""
-    uses = (0, 1, 2, 3)
-    width = 256
+    uses, width = (0, 1, 2, 3), 256
 
     def __init__(self, dims, num_classes, width, rank=None):
         super().__init__()
@@ -1312,7 +1256,6 @@ HEAD = {
 
 class _CrossEntropy(torch.autograd.Function):
     """Loss and gradient in one pass: soft-max minus one-hot is at hand where the loss is."""
-
     @staticmethod
     def forward(ctx, logits, labels, count, weight, ignore_index):
         dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -1353,7 +1296,6 @@ class UpsampledCrossEntropy(nn.Module):
     gradient are computed strip by strip in O(strip) memory. The logits come to the labels and not
     the labels to the logits: between two classes there is no third, and nearest labels lose what is
     thin."""
-
     def __init__(self, ignore_index=255, weight=None):
         super().__init__()
         self.ignore_index = ignore_index
