@@ -280,6 +280,8 @@ def main(argv=None):
             save(seconds)
             if rank == 0:
                 models.write_log(output, rows)
+                with models.tolerated(output / "curve.png"):
+                    data.draw_curves(output / "curve.png", rows, "top1")
 
     note = " already (a new run needs another --output-dir)" if complete_already else ""
     total = sum(row["seconds"] for row in rows)

@@ -283,6 +283,8 @@ def main(argv=None):
             save(seconds)
             if rank == 0:
                 models.write_log(output, rows)
+                with models.tolerated(output / "curve.png"):
+                    data.draw_curves(output / "curve.png", rows, "mIoU")
             if rank == 0 and improved:
                 with models.tolerated(output / "samples.png"):
                     save_samples(evaluated, val_set, args.crop, device, output / "samples.png")
