@@ -20,7 +20,9 @@ import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -157,7 +159,8 @@ def latency(cases, args):
             seconds[name].append(time.perf_counter() - start)
     table = {}
     for name, values in seconds.items():
-        low, median, high = statistics.quantiles([1000 * s for s in values[-args.latency:]], n=4)
+        values = [1000 * value for value in values[-args.latency:]]
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         table[name] = {"median_ms": median, "quartiles_ms": [low, high],
                        "images_per_second": 1000 * args.batch_size / median}
     return table
@@ -173,7 +176,7 @@ def timed(cases, args, device):
     for name, (spec, size) in cases.items():
         model = models.build(spec.name, args.task, args.num_classes, **spec.overrides)
         runs[name] = partial(prepare, model, size, args, device)
-    if args.all or args.rows:
+    if args.comparison:
         return latency({name: run() for name, run in runs.items()}, args)
     table = {}
     for name, run in runs.items():
@@ -228,9 +231,8 @@ def print_times(table, counts, args, device):
         device = torch.cuda.get_device_name(device)
         if args.amp == "off" and torch.get_float32_matmul_precision() != "highest":
             precision += " (TF32 products)"
-    form = "compiled" if args.compile else "not compiled"
-    print("\ninference form (BatchNorm folded, decoder merged), "
-          f"{form}, channels_last, {precision}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch "
+    print(f"\ninference form{', compiled' if args.compile else ''}, channels_last, {precision}, "
+          f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch "
           f"{args.batch_size}: medians of {args.latency} runs")
     width = max(map(len, table)) + 2
     print(f"{'':<{width}}{'params M':>10}{'GMAC':>10}{'ms':>10}{'quartiles':>18}{'images/s':>10}"
@@ -240,6 +242,19 @@ def print_times(table, counts, args, device):
         print(f"{name:<{width}}{counts[name].params / 1e6:>10.3f}{counts[name].macs / 1e9:>10.3f}"
               f"{row['median_ms']:>10.1f}{f'{low:.1f}..{high:.1f}':>18}"
               f"{row['images_per_second']:>10.2f}{row.get('peak_memory_gib', '-'):>10}")
+
+
+def draw(args, counts):
+    """--plot: GMAC against mIoU, the mean labelled among its seeds, or else against parameters."""
+    series = {}
+    for name, counted in counts.items():
+        points = series.setdefault(name.split("_")[0], [])          # a colour for each family
+        values = args.accuracy[name] if args.accuracy else [counted.params / 1e6]
+        points += [(counted.macs / 1e9, value) for value in values]
+        points.append((counted.macs / 1e9, statistics.mean(values), name))
+    with data.writing("--plot", args.plot):
+        data.plot(args.plot, series, "GMAC at {} x {}".format(*args.size),
+                  "mIoU (%)" if args.accuracy else "parameters (M)", lines=False)
 
 
 # ---- python flops.py -----------------------------------------------------------------------------
@@ -252,11 +267,24 @@ def height_width(text):
     return int(sides[0]), int(sides[-1])
 
 
-def rows(pattern):
-    """The names of MODELS that a shell's pattern matches."""
-    if not (names := fnmatch.filter(models.MODELS, pattern)):
-        raise argparse.ArgumentTypeError(f"{pattern!r}: no row of `python models.py`")
-    return names
+def specs(text):
+    """NAME, a shell's pattern of names, or NAME-SLOT=WORD-... as runs are called -> [Spec]."""
+    pattern, *words = text.split("-")
+    slots = dict(word.replace("+", ",").split("=") for word in words)
+    names = fnmatch.filter(models.MODELS, pattern)
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r}: no row of `python models.py`")
+    return [models.make_spec(name, **slots) for name in names]
+
+
+def read_accuracy(path):
+    """A JSON file {model: mIoU, or a list of them} -> {model: list}."""
+    try:
+        table = json.loads(Path(path).read_text())
+        return {name: [float(v) for v in np.atleast_1d(value)] for name, value in table.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise UserError(f"--accuracy {path}: must be a JSON file like "
+                        '{"segformer_b0": 71.5, "lite_final": [68.2, 69.0]}') from None
 
 
 def arguments(argv=None):
@@ -264,8 +292,8 @@ def arguments(argv=None):
     add = parser.add_argument
     models.add_model_arguments(parser)
     add("--all", action="store_true", help="every row of `python models.py`, beside --baseline")
-    add("--rows", type=rows, nargs="+", metavar="NAME",
-        help="these rows, beside --baseline: names or patterns like 'lite_*'")
+    add("--rows", type=specs, nargs="+", metavar="NAME",
+        help="these rows, beside --baseline: names, 'lite_*', segformer_b0-attn=lsra-head=fpn")
     add("--baseline", choices=list(models.MODELS), default="segformer_b2", metavar="NAME",
         help="default segformer_b2")
     add("--task", choices=list(models.CLASSES), default="seg", help="default seg")
@@ -283,20 +311,27 @@ def arguments(argv=None):
     add("--compile", action="store_true", help="of --latency: torch.compile the models")
     add("--threads", type=models.positive_int, help="of --latency, on the CPU (default: all)")
     add("--device", help="of --latency: cpu, cuda or cuda:N (default: cuda if there is one)")
+    add("--plot", metavar="FILE", help="draw parameters against GMAC, a point a row, as a PNG")
+    add("--accuracy", metavar="FILE",
+        help="for --plot: mIoU as JSON {row: figure, or a list with one for each seed}")
     add("--json", nargs="?", const="-", metavar="FILE",
         help="write exact integers to FILE as well, or print them instead of the table")
     args = parser.parse_args(argv)
     args.defaults = vars(parser.parse_args([]))
-    if args.all or args.rows:
-        models.no_effect(args, "with --all or --rows", f"sizes model {' '.join(models.SLOTS)}")
+    args.comparison = args.all or args.rows or args.accuracy
+    if args.comparison:
+        models.no_effect(args, "on a comparison", f"sizes model {' '.join(models.SLOTS)}")
     else:
-        models.no_effect(args, "without --all or --rows", "baseline")
+        models.no_effect(args, "without --all or --rows", "baseline plot")
     if args.sizes:
         models.no_effect(args, "with --sizes", "size")
     if args.latency is None:
         models.no_effect(args, "without --latency", "batch_size amp compile threads device")
     elif args.latency < 2:
         raise UserError(f"--latency {args.latency}: a median needs at least 2 runs")
+    if args.plot is None:
+        models.no_effect(args, "without --plot", "accuracy")
+    args.accuracy = args.accuracy and read_accuracy(args.accuracy)
     args.size = height_width(" ".join(args.size))
     args.num_classes = args.num_classes or models.CLASSES[args.task]
     return args
@@ -304,9 +339,12 @@ def arguments(argv=None):
 
 def cases_of(args):
     """{name in the tables: (spec, (height, width))} of what the flags ask for."""
-    if args.all or args.rows:
-        names = list(models.MODELS) if args.all else sum(args.rows, [])
-        return {name: (models.MODELS[name], args.size) for name in names}
+    if args.accuracy:
+        args.rows = [specs(name) for name in args.accuracy]
+    elif args.all:
+        args.rows = [[spec] for spec in models.MODELS.values()]
+    if args.rows:
+        return {str(spec): (spec, args.size) for spec in sum(args.rows, [])}
     spec = models.make_spec(args.model, **models.slots_from(args))
     if args.sizes is None:
         return {str(spec): (spec, args.size)}
@@ -315,8 +353,9 @@ def cases_of(args):
 
 def main(argv=None):
     args = arguments(argv)
-    if args.json not in (None, "-"):
-        data.try_writing("--json", args.json)
+    for flag, path in (("--json", args.json), ("--plot", args.plot)):
+        if path not in (None, "-"):
+            data.try_writing(flag, path)
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -328,7 +367,7 @@ def main(argv=None):
     cases = cases_of(args)
     counts = {name: counted(*case) for name, case in data.progress(cases.items(), "counting")}
     results = [figures(*case, args, counts[name]) for name, case in cases.items()]
-    first, single = next(iter(counts.values())), not (args.all or args.rows or args.sizes)
+    first, single = next(iter(counts.values())), not (args.comparison or args.sizes)
     if single:
         results[0]["rows"] = first.rows
     if args.json != "-":
@@ -348,6 +387,8 @@ def main(argv=None):
             result["latency"] = times[name]
         if args.json != "-":
             print_times(times, counts, args, device)
+    if args.plot:
+        draw(args, counts)
     if args.json:
         data.write_json("--json", args.json, results[0] if single else results)
 

@@ -3140,6 +3140,15 @@ def test_flops_command(tmp_path, capsys):
                                                    if line.startswith(row["model"]))
     flops.main(["--model", "segformer_b0", "--sizes", "96", "64", "--json"])
     assert [row["size"] for row in json.loads(capsys.readouterr().out)] == [[64, 64], [96, 96]]
+    (tmp_path / "a.json").write_text('{"segformer_b0-attn=lsra+lsra+sra+sra": [60, 62.5], "pvt_v2_b0": 58}')
+    drawn = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "plot", lambda path, series, *_, **__: drawn.update(series))
+        flops.main(["--plot", str(tmp_path / "p.png"), "--accuracy", str(tmp_path / "a.json"), "--size", "64"])
+    gmac = flops.count(on_meta("segformer_b0", attn="lsra,lsra,sra,sra"), (64, 64)).macs / 1e9
+    assert drawn["segformer"] == [(gmac, 60), (gmac, 62.5), (gmac, 61.25, "segformer_b0-attn=lsra+lsra+sra+sra")]
+    (tmp_path / "a.json").write_text("[7]")
+    refused(lambda: flops.main(["--plot", str(tmp_path / "p.png"), "--accuracy", str(tmp_path / "a.json")]), "a.json")
     for call in ("--batch-size 2", "--all --model segformer_b0", "--baseline segformer_b0", "--sizes 64 --size 32"):
         refused(lambda: flops.main(call.split()), "no effect")
     one_line_error(run("flops.py", "--attn", "magic"), "--attn", "magic", "sra")
