@@ -973,39 +973,50 @@ class LargestShape(EpochDataset):
         return image, int(counts.argmax())
 
 
-# ---- Classification data -------------------------------------------------------------------------------------------
+# ---- Classification data -------------------------------------------------------------------------
 
 class TinyImageNet(EpochDataset):
-    """Tiny-ImageNet-200, or any tree train/CLASS/*.jpg + val/CLASS/*.jpg. Item: (float32 (3, S, S), class).
+    """Tiny-ImageNet-200, or any tree train/CLASS/*.jpg + val/CLASS/*.jpg.
 
-    val/ may be the official one (val/images + val_annotations.txt) or restructured; images may lie one level down in a folder
-    images/. The class is the position in the sorted folder names of train/, always. Grey images become RGB.
+    Item: (float32 (3, S, S), class). val/ may be the official one (val/images and
+    val_annotations.txt) or restructured; images may lie one level down in a folder images/. The
+    class is the position in the sorted folder names of train/, always. Grey images become RGB.
 
-    Training is DeiT's recipe (Touvron et al. 2021, table 9), part by part: random resized crop (bicubic), flip, RandAugment
-    (rand-m9: 2 operations at 9 on a scale of 10, without timm's noise of the magnitude), jitter 0.4, random erasing 0.25.
-    jitter acts only without rand_augment: timm drops it where an auto-augmentation is on, and so did the published runs.
-    Evaluation: short side to S / 0.875 (bicubic), centre S x S. At S = 64 a 64 x 64 image thus becomes 73 x 73 and its
-    border of 4-5 pixels is not seen, which matches the magnification of the training crops.
+    Training is DeiT's recipe (Touvron et al. 2021, table 9), part by part: random resized crop
+    (bicubic), flip, RandAugment, jitter 0.4, random erasing 0.25. jitter acts only without
+    rand_augment: timm drops it where an auto-augmentation is on, and so did the published runs.
+    RandAugment is torchvision's at the magnitude, fill and bicubic sampling of the recipe's
+    rand-m9-mstd0.5-inc1; it differs from timm's in these points: both of the 2 operations always
+    act (timm: each with probability 1/2), at 9 of 10 (timm: normal around 9, deviation 0.5);
+    posterize keeps 4 bits (timm: 1); the list has Identity, but neither Invert nor SolarizeAdd.
+
+    Evaluation: short side to S / 0.875 (bicubic), centre S x S. At S = 64 a 64 x 64 image thus
+    becomes 73 x 73 and its border of 4-5 pixels is not seen, which matches the magnification of
+    the training crops.
     """
 
-    def __init__(self, root, split, image_size=224, train=None, seed=0, resized_crop=True, flip=True, rand_augment=True,
-                 jitter=0.4, erase=0.25):
+    def __init__(self, root, split, image_size=224, train=None, seed=0, resized_crop=True,
+                 flip=True, rand_augment=True, jitter=0.4, erase=0.25):
         self.root, self.seed = Path(root), seed
-        train_files = class_folders(self.root / "train")
-        self.classes = list(train_files)
+        files = class_folders(self.root / "train")
+        self.classes = list(files)
         self.num_classes = len(self.classes)
-        files = train_files if split == "train" else validation_files(self.root / "val", self.classes)
-        self.paths = [(path, label) for label, name in enumerate(self.classes) for path in files[name]]
+        if split != "train":
+            files = validation_files(self.root / "val", self.classes)
+        self.paths = []
+        for label, name in enumerate(self.classes):
+            self.paths += [(path, label) for path in files[name]]
         self.train = split == "train" if train is None else train
-        bicubic = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        whole = [v2.Resize(int(image_size / 0.875), **bicubic), v2.CenterCrop(image_size)]
-        steps = whole
+        bicubic = {"interpolation": v2.InterpolationMode.BICUBIC}
+        steps = [v2.Resize(int(image_size / 0.875), **bicubic), v2.CenterCrop(image_size)]
         if self.train:
-            steps = [v2.RandomResizedCrop(image_size, **bicubic)] if resized_crop else list(whole)
+            if resized_crop:
+                steps = [v2.RandomResizedCrop(image_size, **bicubic)]
             if flip:
                 steps.append(v2.RandomHorizontalFlip())
             if rand_augment:    # 11 bins put torchvision's magnitudes on timm's scale of 0..10
-                steps.append(v2.RandAugment(2, 9, num_magnitude_bins=11, fill=[124, 116, 104]))
+                steps.append(v2.RandAugment(2, 9, num_magnitude_bins=11, fill=[124, 116, 104],
+                                            **bicubic))
             elif jitter:
                 steps.append(v2.ColorJitter(jitter, jitter, jitter))
         steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
@@ -1024,7 +1035,8 @@ class TinyImageNet(EpochDataset):
             image = image.convert("RGB")
         if not self.train:
             return self.transform(image).as_subclass(torch.Tensor), label
-        state = torch.get_rng_state()    # torchvision draws from the CPU's global stream: lend it to this item alone
+        # torchvision draws from the CPU's global stream: it is lent to this item alone.
+        state = torch.get_rng_state()
         torch.default_generator.manual_seed(int(self.rng(epoch, view, index).integers(2 ** 63)))
         try:
             return self.transform(image).as_subclass(torch.Tensor), label
@@ -1035,70 +1047,84 @@ class TinyImageNet(EpochDataset):
 def class_folders(folder):
     """{class: [paths]} of FOLDER/CLASS/*.jpg or FOLDER/CLASS/images/*.jpg, sorted by class."""
     try:
-        names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        places = [Path(entry) for entry in os.scandir(folder)
+                  if entry.is_dir() and not entry.name.startswith(".")]
     except OSError as error:
-        raise UserError(f"{shown(folder)}: {error.strerror}; a folder for each class belongs here") from None
+        raise UserError(f"{shown(folder)}: {error.strerror}; a folder for each class belongs "
+                        "here") from None
     files = {}
-    for name in names:
-        place = folder / name
+    for place in sorted(places):
         inner = place / "images"
-        # Keyed by stem, two files of one stem would hide each other; classification needs no stems.
         found, same = scan(inner if inner.is_dir() else place, IMAGE_FILES)
         if same:
             raise UserError(same[0])
         if not found:
-            raise UserError(f"{shown(place)}: no images in this class folder; add some or remove it")
-        files[name] = list(found.values())
+            raise UserError(f"{shown(place)}: no images in this class folder; add some or remove "
+                            "it")
+        files[place.name] = list(found.values())
     if not files:
         raise UserError(f"{shown(folder)}: no class folders here")
     return files
 
 
 def validation_files(folder, classes):
-    """{class: [paths]} of val/, in the official flat layout or with a folder for each class; classes must be those of train/."""
+    """{class: [paths]} of val/, in the official flat layout or with a folder for each class.
+
+    classes: those of train/, which must be the same.
+    """
     annotations = folder / "val_annotations.txt"
     if annotations.is_file() and (folder / "images").is_dir():
         files = {}
         try:
-            for name, label, *_ in (line.split("\t") for line in annotations.read_text("utf-8").splitlines() if line.strip()):
-                files.setdefault(label, []).append(folder / "images" / name)
+            for line in annotations.read_text("utf-8").splitlines():
+                if line.strip():
+                    name, label, *_ = line.split("\t")
+                    files.setdefault(label, []).append(folder / "images" / name)
         except (OSError, ValueError):
-            raise UserError(f"{shown(annotations)}: cannot be read; each line is FILE, a tab, CLASS") from None
+            raise UserError(f"{shown(annotations)}: cannot be read; each line is FILE, a tab, "
+                            "CLASS") from None
     else:
         files = class_folders(folder)
         if list(files) == ["images"]:
-            raise UserError(f"{shown(annotations)}: no such file; Tiny-ImageNet's flat val/images needs it for the classes")
+            raise UserError(f"{shown(annotations)}: no such file; Tiny-ImageNet's flat val/images "
+                            "needs it for the classes")
     for missing in sorted(set(classes) - set(files)):
-        raise UserError(f"{shown(folder)}: has no images of the class {shown(missing)} of train/; both need the same classes")
+        raise UserError(f"{shown(folder)}: has no images of the class {shown(missing)} of train/; "
+                        "both need the same classes")
     for unknown in sorted(set(files) - set(classes)):
-        raise UserError(f"{shown(folder)}: unknown class {shown(unknown)}, train/ has none; both need the same classes")
+        raise UserError(f"{shown(folder)}: unknown class {shown(unknown)}, train/ has none; both "
+                        "need the same classes")
     return files
 
 
 def mixup_cutmix(images, labels, num_classes, seed, mixup=0.8, cutmix=1.0, smoothing=0.1):
-    """Mix each image of a batch with its mirror in the batch. -> images (B, 3, H, W), targets (B, K) that sum to 1.
+    """Mix each image of a batch with its mirror in the batch.
 
-    Mixup (Zhang et al., ICLR 2018): x = l x_i + (1-l) x_j, l ~ Beta(mixup, mixup). CutMix (Yun et al., ICCV 2019): a box with
-    1-l of the area, l ~ Beta(cutmix, cutmix), is pasted; l is then corrected for the box's part outside the image. As timm: one
-    l per batch, a coin decides between the two, 0 turns one off. seed: a tuple of integers such as (seed, epoch, step, rank).
+    Mixup (Zhang et al., ICLR 2018): x = l x_i + (1-l) x_j, l ~ Beta(mixup, mixup). CutMix (Yun et
+    al., ICCV 2019): a box with 1-l of the area, l ~ Beta(cutmix, cutmix), is pasted; l is then
+    corrected for the box's part outside the image. As timm: one l per batch, a coin decides
+    between the two, 0 turns one off. seed: a tuple of integers such as (seed, epoch, step, rank).
+    -> images (B, 3, H, W), targets (B, K) that sum to 1
     """
     rng = np.random.default_rng(seed)
     share = 1.0
     use_cutmix = cutmix > 0 and (mixup <= 0 or rng.random() < 0.5)
     if use_cutmix:
-        share = rng.beta(cutmix, cutmix)
         h, w = images.shape[-2:]
-        half_h, half_w = int(h * math.sqrt(1 - share)) // 2, int(w * math.sqrt(1 - share)) // 2
+        side = math.sqrt(1 - rng.beta(cutmix, cutmix))
+        half_h, half_w = int(h * side) // 2, int(w * side) // 2
         y, x = int(rng.integers(h)), int(rng.integers(w))
-        top, bottom, left, right = max(y - half_h, 0), min(y + half_h, h), max(x - half_w, 0), min(x + half_w, w)
-        pasted = images.flip(0)[..., top:bottom, left:right]
+        rows = slice(max(y - half_h, 0), min(y + half_h, h))
+        columns = slice(max(x - half_w, 0), min(x + half_w, w))
+        pasted = images.flip(0)[..., rows, columns]
         images = images.clone()
-        images[..., top:bottom, left:right] = pasted
-        share = 1 - (bottom - top) * (right - left) / (h * w)
+        images[..., rows, columns] = pasted
+        share = 1 - pasted[0, 0].numel() / (h * w)
     elif mixup > 0:
         share = rng.beta(mixup, mixup)
         images = images.flip(0).mul_(1 - share).add_(images, alpha=share)
-    targets = F.one_hot(labels, num_classes).float().mul_(1 - smoothing).add_(smoothing / num_classes)
+    targets = F.one_hot(labels, num_classes).float().mul_(1 - smoothing)
+    targets.add_(smoothing / num_classes)
     return images, share * targets + (1 - share) * targets.flip(0)
 
 

@@ -2600,6 +2600,8 @@ def test_classification_views_against_plain_pillow(tmp_path):
     for dataset in (data.TinyImageNet(root, "train", 32, train=False), data.TinyImageNet(root, "train", 32, **plain)):
         got = dataset[1][0].permute(1, 2, 0).numpy()
         assert abs(got - expected).max() < 0.03
+    steps = data.TinyImageNet(root, "train", 32).transform.transforms
+    assert {str(step.interpolation) for step in steps if hasattr(step, "interpolation")} == {"InterpolationMode.BICUBIC"}
     whole = data.TinyImageNet(root, "train", 32, **plain)[1][0]
     for part in plain:                                              # each part alone does something in some epoch
         alone = data.TinyImageNet(root, "train", 32,
