@@ -19,6 +19,7 @@ on hash-made weights (assets/golden.json), naive formulas in float64, FlopCounte
     eval.py
     flops.py
     train_cls.py and train_seg.py
+    README.md
     Speed: on demand, never an assertion
 
     pytest                                # all of it, without the speed comparisons
@@ -539,6 +540,12 @@ ATTENTION_FORMULAS = {
 }
 
 
+def formula_of(table, word):
+    formulas = globals()[table]
+    assert word in formulas, f"{word!r} has no formula: write it, with loops, and add it to {table} in test_models.py"
+    return formulas[word]
+
+
 def equals_formula(module, formula, *shape):
     """Value and gradient of the input, in float64; formula: (module, map (C, H, W)) -> (N, C)."""
     module = randomise(module).double().eval()
@@ -555,7 +562,7 @@ def equals_formula(module, formula, *shape):
 def test_attention_against_its_formula(word, reduction, index, grid):
     """Two images, three heads, sides that neither the reduction nor the windows divide."""
     torch.manual_seed(0)
-    equals_formula(ATTENTION[word](12, 3, reduction, index), ATTENTION_FORMULAS[word], 2, 12, *grid)
+    equals_formula(ATTENTION[word](12, 3, reduction, index), formula_of("ATTENTION_FORMULAS", word), 2, 12, *grid)
 
 
 @pytest.mark.parametrize("grid", [(7, 9), (6, 5)])
@@ -587,7 +594,7 @@ FFN_FORMULAS = {
 @pytest.mark.parametrize("word", FFN)
 def test_ffn_against_its_formula(word):
     torch.manual_seed(0)
-    equals_formula(FFN[word](6, 3), FFN_FORMULAS[word], 2, 6, 4, 5)
+    equals_formula(FFN[word](6, 3), formula_of("FFN_FORMULAS", word), 2, 6, 4, 5)
 
 
 NORM_FORMULAS = {"ln": layer_norm, "bn": batch_norm}
@@ -596,7 +603,8 @@ NORM_FORMULAS = {"ln": layer_norm, "bn": batch_norm}
 @pytest.mark.parametrize("word", layers.NORM)
 def test_norm_against_its_formula(word):
     torch.manual_seed(0)
-    equals_formula(layers.NORM[word](6, eps=1e-3), lambda m, x: NORM_FORMULAS[word](m, rows_of(x)), 2, 6, 3, 4)
+    formula = formula_of("NORM_FORMULAS", word)
+    equals_formula(layers.NORM[word](6, eps=1e-3), lambda m, x: formula(m, rows_of(x)), 2, 6, 3, 4)
 
 
 SKIP_FORMULAS = {       # F is a 1x1 convolution here
@@ -616,7 +624,8 @@ KEPT_TWICE = {      # the branch of a kept sample counts 1 / (1 - p), p = 1/2
 def test_skip_against_its_formula(word):
     torch.manual_seed(0)
     skip = layers.SKIP[word](layers.Pointwise(6, 6), 6, partial(layers.LayerNorm2d, eps=1e-3), 0.5)
-    equals_formula(skip, lambda m, x: SKIP_FORMULAS[word](m, rows_of(x)), 2, 6, 3, 4)
+    formula = formula_of("SKIP_FORMULAS", word)
+    equals_formula(skip, lambda m, x: formula(m, rows_of(x)), 2, 6, 3, 4)
     x = images(12, 6, 2, 3).double()
     fates = []
     for image, out in zip(x, skip.train()(x)):
@@ -788,7 +797,7 @@ def test_head_against_its_formula(word):
     sizes = ((19, 21), (10, 11), (5, 6), (3, 3))
     maps = [images(2, dim, *size, seed=dim).double().requires_grad_() for dim, size in zip(dims, sizes)]
     used = [maps[i] for i in head.uses]
-    out, expected = head(maps), HEAD_FORMULAS[word](head, maps)
+    out, expected = head(maps), formula_of("HEAD_FORMULAS", word)(head, maps)
     assert close(out, expected, 1e-10)
     direction = images(*out.shape, seed=1).double()
     grads, others = (torch.autograd.grad((y * direction).sum(), [*used, *head.parameters()]) for y in (out, expected))
@@ -861,18 +870,6 @@ def test_heads_of_one_function_agree_in_value_and_gradient():
             results.append([out, *grads])
         for a, b in zip(*results):
             assert (a - b).abs().max() <= tolerance * b.square().mean().sqrt()
-
-
-def test_the_readme_s_new_block_builds_and_counts(monkeypatch):
-    with open(os.path.join(HERE, "README.md")) as file:
-        code = file.read().split("```python\n")[1].split("\nATTENTION = ")[0]
-    names = {"nn": nn}
-    exec(code, names)
-    monkeypatch.setitem(ATTENTION, "pool", names["Pool"])
-    model = models.build("segformer_b0", attn="pool")
-    assert flops.count(model, (64, 96)).macs == flop_counter_macs(model, (64, 96))
-    pool = ATTENTION["pool"](8, 1, 1, 0)
-    assert close(pool(torch.ones(1, 8, 5, 6)) + 1, torch.ones(1, 8, 5, 6), 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3552,6 +3549,56 @@ def test_the_embedded_data_train_without_a_flag(tmp_path, monkeypatch, capsys):
         row, = (json.loads(line) for line in (tmp_path / folder / "log.jsonl").open())
         assert 0 <= row[score] <= 100 and row["seconds"] > 0 and row["images_per_second"] > 0
     assert Image.open(tmp_path / "runs/seg-segformer_b0-shapes/samples.png").size[1] > 6 * data.Shapes.SIZE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README.md
+# ---------------------------------------------------------------------------------------------------------------------
+
+def readme_code():
+    """Its Python, block by block: prediction, plot, a mixer, a head, a row."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        return re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
+
+
+def test_the_readme_s_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/seg-segformer_b0-shapes"
+    folder.mkdir(parents=True)
+    model = models.build("segformer_b0", num_classes=data.Shapes.num_classes)
+    models.save_checkpoint(folder / "best.pt", {
+        "spec": models.describe(model), "model": model.state_dict(), "ema": None, "args": {"crop": 64},
+        "classes": data.Shapes.classes, "colors": data.Shapes.colors.tolist()})
+    (folder / "log.jsonl").write_text('{"epoch": 1, "loss": 2}\n{"epoch": 2, "mIoU": 7.5}\n{"epoch": 3, "mIoU": 9}\n')
+    Image.new("RGB", (90, 70), "green").save("photo.jpg")
+    predict, plot = readme_code()[:2]
+    names = {}
+    exec(predict, names)
+    assert names["classes"].shape == (70, 90) and Image.open("classes.png").size == (90, 70)
+    exec(plot, names)
+    assert len(names["rows"]) == 3 and Image.open("miou.png").size[0] > 300
+
+
+def test_what_the_readme_adds_builds_trains_and_counts(monkeypatch):
+    """Its mixer, head and row, pasted into their files; the tests then ask for what they cannot know."""
+    for code, module in zip(readme_code()[2:], (layers, layers, models), strict=True):
+        tables = {name: vars(module)[name] for name in ("ATTENTION", "HEAD", "SIZES", "MODELS") if name in vars(module)}
+        pasted = vars(module) | {name: dict(table) for name, table in tables.items()}
+        exec(code, pasted)
+        for name, table in tables.items():
+            for word in pasted[name].keys() - table.keys():
+                monkeypatch.setitem(table, word, pasted[name][word])
+    assert close(ATTENTION["pool"](8, 1, 1, 0)(torch.ones(1, 8, 5, 6)) + 1, torch.ones(1, 8, 5, 6), 1e-6)
+    monkeypatch.setitem(SMALL, "tiny", ("tiny", {}))
+    test_any_size_in_either_layout("tiny")
+    test_training_step("tiny", "seg")
+    test_fuse_gives_the_same_outputs("tiny", "seg")
+    test_count_equals_flop_counter_mode("tiny", "seg", monkeypatch)
+    for asked, where in ((lambda: test_attention_against_its_formula("pool", 1, 0, (3, 4)), "ATTENTION_FORMULAS in"),
+                         (lambda: test_head_against_its_formula("add"), "HEAD_FORMULAS in"),
+                         (lambda: test_parameter_counts("tiny"), "assets/golden.json")):
+        with pytest.raises(AssertionError, match=where):
+            asked()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
