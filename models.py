@@ -1130,192 +1130,138 @@ def load(path, device="cpu", fused=True):
 # --------------------------------------------------------------------------------------------------
 
 # A row is "ours theirs", modules or tensors; a last part (.weight, .bias, ...) is the same in both.
-# In ours: {i} stage, {j} block or other position, {n} any number, {a|b} one of these words.
-# In theirs: the same, {x} the word, and {h} = i - 1, {I} = i + 1, {II} = i + 2, {E} = 2i,
-# {O} = 2i + 1, {J2} = 2j, {R} = 8, 4, 2, {k}: position of the block over all stages (without j: of
-# the stage's first). "a + b": two tensors that we hold as one, stacked along the first axis.
-# The first row that fits counts. Worked: by
-#     encoder.stages.{i}.blocks.{j}.attn.branch.{q|kv}    block{I}.{j}.attn.{x}
-# our encoder.stages.2.blocks.0.attn.branch.kv.weight is their block3.0.attn.kv.weight.
+# In ours: {i} stage, {j} block or other position, {n} any number, {a|b} one of these words. Before a
+# name without "head." stands "encoder.stages.". In theirs: the same, {c|d} the word in the place of
+# ours or {x} the very same, and {h} = i - 1, {I} = i + 1, {II} = i + 2, {E} = 2i, {O} = 2i + 1,
+# {J2} = 2j, {R} = 8, 4, 2, {k}: position of the block over all stages (without j: of the stage's
+# first), {a+b}: two tensors that we hold as one, stacked along the first axis. The first row that
+# fits counts. Worked: by
+#     {i}.blocks.{j}.{attn|ffn}.norm    block{I}.{j}.{norm1|norm2}
+# our encoder.stages.2.blocks.0.ffn.norm.weight is their block3.0.norm2.weight.
 MIT = """
-    {i}.embed.conv                                  patch_embed{I}.proj
-    {i}.embed.norm                                  patch_embed{I}.norm
-    {i}.blocks.{j}.attn.norm                        block{I}.{j}.norm1
+    {i}.embed.{conv|norm}                           patch_embed{I}.{proj|norm}
+    {i}.blocks.{j}.{attn|ffn}.norm                  block{I}.{j}.{norm1|norm2}
     {i}.blocks.{j}.attn.branch.{q|kv|sr|norm|proj}  block{I}.{j}.attn.{x}
-    {i}.blocks.{j}.ffn.norm                         block{I}.{j}.norm2
-    {i}.blocks.{j}.ffn.branch.{fc1|fc2}             block{I}.{j}.mlp.{x}
-    {i}.blocks.{j}.ffn.branch.dwconv                block{I}.{j}.mlp.dwconv.dwconv
+    {i}.blocks.{j}.ffn.branch.{fc1|dwconv|fc2}      block{I}.{j}.mlp.{fc1|dwconv.dwconv|fc2}
     {i}.norm                                        norm{I}
 """
 MIT_MMSEG = """
-    {i}.embed.conv                          layers.{i}.0.projection
-    {i}.embed.norm                          layers.{i}.0.norm
-    {i}.blocks.{j}.attn.norm                layers.{i}.1.{j}.norm1
-    {i}.blocks.{j}.attn.branch.{q|kv}       layers.{i}.1.{j}.attn.attn.in_proj_{x}
-    {i}.blocks.{j}.attn.branch.proj         layers.{i}.1.{j}.attn.attn.out_proj
-    {i}.blocks.{j}.attn.branch.{sr|norm}    layers.{i}.1.{j}.attn.{x}
-    {i}.blocks.{j}.ffn.norm                 layers.{i}.1.{j}.norm2
-    {i}.blocks.{j}.ffn.branch.fc1           layers.{i}.1.{j}.ffn.layers.0
-    {i}.blocks.{j}.ffn.branch.dwconv        layers.{i}.1.{j}.ffn.layers.1
-    {i}.blocks.{j}.ffn.branch.fc2           layers.{i}.1.{j}.ffn.layers.4
-    {i}.norm                                layers.{i}.2
+    {i}.embed.{conv|norm}                       layers.{i}.0.{projection|norm}
+    {i}.blocks.{j}.{attn|ffn}.norm              layers.{i}.1.{j}.{norm1|norm2}
+    {i}.blocks.{j}.attn.branch.{q|kv|proj}      layers.{i}.1.{j}.attn.attn.{in_q|in_kv|out_proj}
+    {i}.blocks.{j}.attn.branch.{sr|norm}        layers.{i}.1.{j}.attn.{x}
+    {i}.blocks.{j}.ffn.branch.{fc1|dwconv|fc2}  layers.{i}.1.{j}.ffn.layers.{0|1|4}
+    {i}.norm                                    layers.{i}.2
 """
 HF_SEGFORMER = """
-    {i}.embed.conv                      patch_embeddings.{i}.proj
-    {i}.embed.norm                      patch_embeddings.{i}.layer_norm
-    {i}.blocks.{j}.attn.norm            block.{i}.{j}.layer_norm_1
-    {i}.blocks.{j}.attn.branch.q        block.{i}.{j}.attention.self.query
+    {i}.embed.{conv|norm}               patch_embeddings.{i}.{proj|layer_norm}
+    {i}.blocks.{j}.{attn|ffn}.norm      block.{i}.{j}.{layer_norm_1|layer_norm_2}
     {i}.blocks.{j}.attn.branch.kv       block.{i}.{j}.attention.self.{key+value}
-    {i}.blocks.{j}.attn.branch.sr       block.{i}.{j}.attention.self.sr
-    {i}.blocks.{j}.attn.branch.norm     block.{i}.{j}.attention.self.layer_norm
     {i}.blocks.{j}.attn.branch.proj     block.{i}.{j}.attention.output.dense
-    {i}.blocks.{j}.ffn.norm             block.{i}.{j}.layer_norm_2
-    {i}.blocks.{j}.ffn.branch.fc1       block.{i}.{j}.mlp.dense1
-    {i}.blocks.{j}.ffn.branch.dwconv    block.{i}.{j}.mlp.dwconv.dwconv
-    {i}.blocks.{j}.ffn.branch.fc2       block.{i}.{j}.mlp.dense2
+    {i}.blocks.{j}.attn.branch.{q|sr|norm} block.{i}.{j}.attention.self.{query|sr|layer_norm}
+    {i}.blocks.{j}.ffn.branch.{fc1|dwconv|fc2} block.{i}.{j}.mlp.{dense1|dwconv.dwconv|dense2}
     {i}.norm                            layer_norm.{i}
 """
 LITE = """
-    {i}.blocks.{j}.attn.norm{n}                 block.{i}.{j}.layer_norm_1{n}
-    {i}.blocks.{j}.ffn.norm{n}                  block.{i}.{j}.layer_norm_2{n}
-    {i}.blocks.{j}.attn.branch.kv               block.{i}.{j}.attention.self.kv
-    {i}.blocks.{j}.attn.branch.queries          block.{i}.{j}.attention.self.query
-    {i}.blocks.{j}.attn.branch.keys             block.{i}.{j}.attention.self.key
-    {i}.blocks.{j}.attn.branch.values           block.{i}.{j}.attention.self.value
-    {i}.blocks.{j}.attn.branch.reprojection     block.{i}.{j}.attention.self.reprojection
-    {i}.blocks.{j}.ffn.branch.fc1.conv          block.{i}.{j}.mlp.conv1
-    {i}.blocks.{j}.ffn.branch.fc1.norm          block.{i}.{j}.mlp.batch_norm1
-    {i}.blocks.{j}.ffn.branch.dwconv.conv       block.{i}.{j}.mlp.dwconv.dwconv
-    {i}.blocks.{j}.ffn.branch.dwconv.norm       block.{i}.{j}.mlp.batch_norm2
+    {i}.blocks.{j}.{attn|ffn}.norm{n}           block.{i}.{j}.{layer_norm_1|layer_norm_2}{n}
+    {i}.blocks.{j}.attn.branch.{kv|reprojection} block.{i}.{j}.attention.self.{x}
+    {i}.blocks.{j}.attn.branch.{queries|keys|values} block.{i}.{j}.attention.self.{query|key|value}
+    {i}.blocks.{j}.ffn.branch.fc1.{conv|norm}   block.{i}.{j}.mlp.{conv1|batch_norm1}
+    {i}.blocks.{j}.ffn.branch.dwconv.{conv|norm} block.{i}.{j}.mlp.{dwconv.dwconv|batch_norm2}
     {i}.blocks.{j}.ffn.branch.fc2               block.{i}.{j}.mlp.conv2
 """ + HF_SEGFORMER
 MSCAN = """
-    0.embed.0.conv                              patch_embed1.proj.0
-    0.embed.0.norm                              patch_embed1.proj.1
-    0.embed.1.conv                              patch_embed1.proj.3
-    0.embed.1.norm                              patch_embed1.proj.4
-    {i}.embed.0.conv                            patch_embed{I}.proj
-    {i}.embed.0.norm                            patch_embed{I}.norm
-    {i}.blocks.{j}.attn.scale                   block{I}.{j}.layer_scale_1
+    0.embed.0.{conv|norm}                       patch_embed1.proj.{0|1}
+    0.embed.1.{conv|norm}                       patch_embed1.proj.{3|4}
+    {i}.embed.0.{conv|norm}                     patch_embed{I}.{proj|norm}
+    {i}.blocks.{j}.{attn|ffn}.scale             block{I}.{j}.{layer_scale_1|layer_scale_2}
     {i}.blocks.{j}.attn.branch.{proj_1|proj_2}  block{I}.{j}.attn.{x}
-    {i}.blocks.{j}.attn.branch.local            block{I}.{j}.attn.spatial_gating_unit.conv0
-    {i}.blocks.{j}.attn.branch.strips.{n}.0     block{I}.{j}.attn.spatial_gating_unit.conv{n}_1
-    {i}.blocks.{j}.attn.branch.strips.{n}.1     block{I}.{j}.attn.spatial_gating_unit.conv{n}_2
-    {i}.blocks.{j}.attn.branch.mix              block{I}.{j}.attn.spatial_gating_unit.conv3
-    {i}.blocks.{j}.ffn.scale                    block{I}.{j}.layer_scale_2
+    {i}.blocks.{j}.attn.branch.{local|mix}      block{I}.{j}.attn.spatial_gating_unit.{conv0|conv3}
+    {i}.blocks.{j}.attn.branch.strips.{n}.{0|1} block{I}.{j}.attn.spatial_gating_unit.conv{n}_{1|2}
 """ + MIT
 NEXT_VIT = """
     0.embed.4.{conv|norm}                       features.{k}.patch_embed.{x}
     0.embed.{n}.{conv|norm}                     stem.{n}.{x}
     {i}.embed.1.{conv|norm}                     features.{k}.patch_embed.{x}
     {i}.blocks.{j}.patch_embed.0.{conv|norm}    features.{k}.patch_embed.{x}
-    {i}.blocks.{j}.mhca.group_conv.conv         features.{k}.mhca.group_conv3x3
-    {i}.blocks.{j}.mhca.group_conv.norm         features.{k}.mhca.norm
+    {i}.blocks.{j}.mhca.group_conv.{conv|norm}  features.{k}.mhca.{group_conv3x3|norm}
     {i}.blocks.{j}.mhca.projection              features.{k}.mhca.projection
-    {i}.blocks.{j}.{norm1|norm2}                features.{k}.{x}
+    {i}.blocks.{j}.{norm1|norm2|mlp_norm}       features.{k}.{norm1|norm2|norm}
     {i}.blocks.{j}.attn.{q|k|v|proj|norm}       features.{k}.e_mhsa.{x}
     {i}.blocks.{j}.projection.{conv|norm}       features.{k}.projection.{x}
-    {i}.blocks.{j}.mlp_norm                     features.{k}.norm
-    {i}.blocks.{j}.mlp.fc1                      features.{k}.mlp.conv1
-    {i}.blocks.{j}.mlp.fc2                      features.{k}.mlp.conv2
+    {i}.blocks.{j}.mlp.{fc1|fc2}                features.{k}.mlp.{conv1|conv2}
     3.norm                                      norm
     {i}.norm                                    extra_norm_list.{i}
 """
 SWIN = """
-    0.embed.proj                    patch_embed.proj
-    0.embed.norm                    patch_embed.norm
-    {i}.embed.{norm|reduction}      layers.{h}.downsample.{x}
-    {i}.blocks.{j}.attn.norm        layers.{i}.blocks.{j}.norm1
-    {i}.blocks.{j}.attn.branch.{qkv|proj|[a-z_]+_table} layers.{i}.blocks.{j}.attn.{x}
-    {i}.blocks.{j}.ffn.norm         layers.{i}.blocks.{j}.norm2
-    {i}.blocks.{j}.ffn.branch.fc1   layers.{i}.blocks.{j}.mlp.fc1
-    {i}.blocks.{j}.ffn.branch.fc2   layers.{i}.blocks.{j}.mlp.fc2
-    {i}.norm                        norm{i}
+    0.embed.{proj|norm}                     patch_embed.{proj|norm}
+    {i}.embed.{norm|reduction}              layers.{h}.downsample.{x}
+    {i}.blocks.{j}.{attn|ffn}.norm          layers.{i}.blocks.{j}.{norm1|norm2}
+    {i}.blocks.{j}.attn.branch.{qkv|proj}   layers.{i}.blocks.{j}.attn.{x}
+    {i}.blocks.{j}.attn.branch              layers.{i}.blocks.{j}.attn
+    {i}.blocks.{j}.ffn.branch.{fc1|fc2}     layers.{i}.blocks.{j}.mlp.{fc1|fc2}
+    {i}.norm                                norm{i}
 """
 DEST = """
-    {i}.blocks.{j}.attn.branch.k            block{I}.{j}.attn.k
-    {i}.blocks.{j}.attn.branch.sr.conv      block{I}.{j}.attn.sr
-    {i}.blocks.{j}.attn.branch.sr.norm      block{I}.{j}.attn.norm
-    {i}.blocks.{j}.ffn.branch.fc1.conv      block{I}.{j}.mlp.fc1
-    {i}.blocks.{j}.ffn.branch.fc1.norm      block{I}.{j}.mlp.norm1
-    {i}.blocks.{j}.ffn.branch.dwconv.conv   block{I}.{j}.mlp.dwconv.dwconv
-    {i}.blocks.{j}.ffn.branch.dwconv.norm   block{I}.{j}.mlp.norm2
+    {i}.blocks.{j}.attn.branch.k                    block{I}.{j}.attn.k
+    {i}.blocks.{j}.attn.branch.sr.{conv|norm}       block{I}.{j}.attn.{sr|norm}
+    {i}.blocks.{j}.ffn.branch.fc1.{conv|norm}       block{I}.{j}.mlp.{fc1|norm1}
+    {i}.blocks.{j}.ffn.branch.dwconv.{conv|norm}    block{I}.{j}.mlp.{dwconv.dwconv|norm2}
 """ + MIT
 # Dialects of a table: (theirs there, theirs here), one after another
 PVT_V2_TIMM = (("patch_embed{I}", "stages.{i}.downsample"), ("block{I}", "stages.{i}.blocks"),
                ("norm{I}", "stages.{i}.norm"), ("dwconv.dwconv", "dwconv"))
 MSCAN_MMSEG = (("dwconv.dwconv", "dwconv"),)
-NEXT_VIT_TIMM = (("features.{k}", "stages.{i}.blocks.{j}"), ("mlp.conv", "mlp.fc"))
+NEXT_VIT_TIMM = (("features.{k}", "stages.{i}.blocks.{j}"), ("{conv1|conv2}", "{fc1|fc2}"))
 SWIN_TIMM = (("layers.{h}", "layers.{i}"),)
-SWIN_TORCHVISION = (("patch_embed.proj", "features.0.0"), ("patch_embed.norm", "features.0.2"),
+SWIN_TORCHVISION = (("patch_embed.{proj|norm}", "features.0.{0|2}"), ("mlp.{fc1|fc2}", "mlp.{0|3}"),
                     ("layers.{h}.downsample", "features.{E}"),
-                    ("layers.{i}.blocks", "features.{O}"),
-                    ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"))
-SWIN_MMSEG = (("patch_embed.proj", "patch_embed.projection"), ("layers", "stages"),
-              ("attn.", "attn.w_msa."), ("mlp.fc1", "ffn.layers.0.0"), ("mlp.fc2", "ffn.layers.1"))
+                    ("layers.{i}.blocks", "features.{O}"))
+SWIN_MMSEG = (("patch_embed.{proj|", "patch_embed.{projection|"), ("layers", "stages"),
+              ("attn", "attn.w_msa"), ("mlp.{fc1|fc2}", "ffn.layers.{0.0|1}"))
 DEST_SEG = (("norm1", "bn1"), ("norm2", "bn2"), ("norm", "bn1"))
 MMSEG_HEADS = {     # also of the authors' own releases, most of which are built on mmsegmentation
     "mlp": """
         head.projections.{i}    decode_head.linear_c{I}.proj
-        head.fuse.conv          decode_head.linear_fuse.conv
-        head.fuse.norm          decode_head.linear_fuse.bn
+        head.fuse.{conv|norm}   decode_head.linear_fuse.{conv|bn}
         head.classifier         decode_head.linear_pred
     """,
     "ham": """
-        head.squeeze.conv   decode_head.squeeze.conv
-        head.squeeze.norm   decode_head.squeeze.gn
-        head.ham_in         decode_head.hamburger.ham_in.conv
-        head.ham_out.conv   decode_head.hamburger.ham_out.conv
-        head.ham_out.norm   decode_head.hamburger.ham_out.gn
-        head.align.conv     decode_head.align.conv
-        head.align.norm     decode_head.align.gn
-        head.classifier     decode_head.conv_seg
+        head.{squeeze|align}.conv   decode_head.{x}.conv
+        head.{squeeze|align}.norm   decode_head.{x}.gn
+        head.ham_in                 decode_head.hamburger.ham_in.conv
+        head.ham_out.{conv|norm}    decode_head.hamburger.ham_out.{conv|gn}
+        head.classifier             decode_head.conv_seg
     """,
     "fpn": """
-        head.lateral.{i}            neck.lateral_convs.{i}.conv
-        head.smooth.{i}             neck.fpn_convs.{i}.conv
-        head.scale.{i}.{j}.conv     decode_head.scale_heads.{i}.{J2}.conv
-        head.scale.{i}.{j}.norm     decode_head.scale_heads.{i}.{J2}.bn
-        head.classifier             decode_head.conv_seg
+        head.{lateral|smooth}.{i}           neck.{lateral_convs|fpn_convs}.{i}.conv
+        head.scale.{i}.{j}.{conv|norm}      decode_head.scale_heads.{i}.{J2}.{conv|bn}
+        head.classifier                     decode_head.conv_seg
     """,
     "lawin": """
         head.projections.{i}                        decode_head.linear_c{II}.proj
-        head.fuse.conv                              decode_head.linear_fuse.conv
-        head.fuse.norm                              decode_head.linear_fuse.bn
+        head.fuse.{conv|norm}                       decode_head.linear_fuse.{conv|bn}
         head.{short_path|cat|low_level_fuse}.conv   decode_head.{x}.conv
         head.{short_path|cat|low_level_fuse}.norm   decode_head.{x}.bn
-        head.image_pool.conv                        decode_head.image_pool.1.conv
-        head.image_pool.norm                        decode_head.image_pool.1.bn
-        head.attentions.{i}.down.0.conv             decode_head.ds_{R}.0.proj.depthwise_conv.conv
-        head.attentions.{i}.down.0.norm             decode_head.ds_{R}.0.proj.depthwise_conv.bn
-        head.attentions.{i}.down.1.conv             decode_head.ds_{R}.0.proj.pointwise_conv.conv
-        head.attentions.{i}.down.1.norm             decode_head.ds_{R}.0.proj.pointwise_conv.bn
-        head.attentions.{i}.mixing                  decode_head.lawin_{R}.0.position_mixing
+        head.image_pool.{conv|norm}                 decode_head.image_pool.1.{conv|bn}
+        head.attentions.{i}.down.0.{conv|norm} decode_head.ds_{R}.0.proj.depthwise_conv.{conv|bn}
+        head.attentions.{i}.down.1.{conv|norm} decode_head.ds_{R}.0.proj.pointwise_conv.{conv|bn}
         head.attentions.{i}.{theta|phi|g}           decode_head.lawin_{R}.0.{x}.conv
-        head.attentions.{i}.out.conv                decode_head.lawin_{R}.0.conv_out.conv
-        head.attentions.{i}.out.norm                decode_head.lawin_{R}.0.conv_out.bn
-        head.attentions.{i}.norm                    decode_head.lawin_{R}.0.norm
-        head.low_level                              decode_head.linear_c1.proj
-        head.classifier                             decode_head.linear_pred
+        head.attentions.{i}.{mixing|norm}           decode_head.lawin_{R}.0.{position_mixing|norm}
+        head.attentions.{i}.out.{conv|norm}         decode_head.lawin_{R}.0.conv_out.{conv|bn}
+        head.{low_level|classifier}                 decode_head.{linear_c1.proj|linear_pred}
     """,
 }
 MMSEG_HEADS |= {"mlp_concat": MMSEG_HEADS["mlp"], "lawin_sum": MMSEG_HEADS["lawin"]}
-HF_HEADS = {
-    "mlp": """
+HF_HEADS = {"cls": "head.fc classifier"} | dict.fromkeys(("mlp", "mlp_concat"), """
         head.projections.{i}    decode_head.linear_c.{i}.proj
-        head.fuse.conv          decode_head.linear_fuse
-        head.fuse.norm          decode_head.batch_norm
+        head.fuse.{conv|norm}   decode_head.{linear_fuse|batch_norm}
         head.classifier         decode_head.classifier
-    """,
-    "cls": "head.fc classifier",
-}
-HF_HEADS["mlp_concat"] = HF_HEADS["mlp"]
+    """)
 LITE_HEADS = HF_HEADS | {"light_ham": """
         head.squeeze        decode_head.squeeze.conv
         head.classifier     decode_head.classifier.1
     """}
-
-
 
 
 @dataclass(frozen=True)
@@ -1352,21 +1298,19 @@ class Format:
         depths = SIZES[model.spec.size].depths
         names = {}
         for key in model.state_dict():
-            for ours, theirs in rows:
+            for ours, theirs, words in rows:
                 if match := ours.match(key):
-                    names[key] = [self.fill(key, part, match, depths) for part in theirs]
+                    n = {"i": 0, "j": 0}
+                    for name, value in match.groupdict().items():
+                        n[name] = words[value] if name == "x" else int(value)
+                    i, j = n["i"], n["j"]
+                    n |= {"h": i - 1, "I": i + 1, "II": i + 2, "E": 2 * i, "O": 2 * i + 1,
+                          "J2": 2 * j, "k": sum(depths[:i]) + j, "R": 8 >> i}
+                    prefix = self.prefix if key.startswith("encoder.") else ""
+                    end = key[match.end():]
+                    names[key] = [prefix + part.format(**n) + end for part in theirs]
                     break
         return names
-
-    def fill(self, key, part, match, depths):
-        """Their name: the places of a row's right side filled with what its left side matched."""
-        n = {name: value if name == "x" else int(value)
-             for name, value in match.groupdict().items()}
-        i, j = n.get("i", 0), n.get("j", 0)
-        n = {"i": i, "j": j, "h": i - 1, "I": i + 1, "II": i + 2, "E": 2 * i, "O": 2 * i + 1,
-             "J2": 2 * j, "k": sum(depths[:i]) + j, "R": 8 >> i} | n
-        prefix = self.prefix if key.startswith("encoder.") else ""
-        return prefix + part.format(**n) + key[match.end():]
 
     def read(self, key, tensors):
         """Their tensors -> ours, up to axes of size 1."""
@@ -1387,22 +1331,26 @@ class Format:
 
 @lru_cache
 def key_rows(table, dialect=()):
-    """The rows of a key map: (pattern of our name, list of their parts)."""
-    rows = []
+    """The rows of a key map: (pattern of our name, list of their parts, {our word: theirs})."""
+    rows, choice = [], re.compile(r"{([^{}]*\|[^{}]*)}")
     for line in filter(str.strip, table.splitlines()):
-        ours, theirs = line.split(maxsplit=1)
+        ours, theirs = line.split()
         if not ours.startswith("head."):
             ours = "encoder.stages." + ours
         for old, new in dialect:
             theirs = theirs.replace(old, new)
-        pattern = ours.replace(".", r"\.")
-        pattern = re.sub(r"{(\w+)}", r"(?P<\1>\\d+)", pattern)      # {i}: a number
-        pattern = re.sub(r"{(.*?)}", r"(?P<x>\1)", pattern)         # {a|b}: a word
+        words = {}
+        if match := choice.search(ours):
+            other = choice.search(theirs) or match
+            words = dict(zip(match[1].split("|"), other[1].split("|")))
+            theirs = theirs.replace(other[0], "{x}")
+        pattern = re.sub(r"{(\w+)}", r"(?P<\1>\\d+)", ours.replace(".", r"\."))   # {i}: a number
+        pattern = choice.sub(r"(?P<x>\1)", pattern)
         parts = [theirs]
         if both := re.search(r"{(\w+)\+(\w+)}", theirs):
             parts = [theirs.replace(both[0], word) for word in both.groups()]
         # what may follow: .weight, .running_mean, ..., or nothing
-        rows.append((re.compile(pattern + r"(?=(\.[a-z_]+)?$)"), parts))
+        rows.append((re.compile(pattern + r"(?=(\.[a-z_]+)?$)"), parts, words))
     return rows
 
 
@@ -1551,9 +1499,9 @@ def read_weights(source):
     for name in [name for name in state if re.search(r"\bin_proj_(weight|bias)$", name)]:
         # mmsegmentation's q, k and v in one, where we have q alone
         value = state.pop(name)
-        stem, end = name.rsplit("_", 1)
         third = value.shape[0] // 3 if value.ndim else 0
-        state[f"{stem}_q.{end}"], state[f"{stem}_kv.{end}"] = value[:third], value[third:]
+        state[name.replace("in_proj_", "in_q.")] = value[:third]
+        state[name.replace("in_proj_", "in_kv.")] = value[third:]
     try:
         trained = make_spec(content["spec"]["name"], **content["spec"]["slots"])
     except (KeyError, TypeError, UserError):

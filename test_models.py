@@ -1630,7 +1630,7 @@ def test_mmsegmentations_own_mit():
     for key in names:
         [theirs] = names[key]
         value = fill(theirs, model.state_dict()[key].shape)
-        joined = theirs.replace("in_proj_q.", "in_proj_").replace("in_proj_kv.", "in_proj_")
+        joined = theirs.replace("in_q.", "in_proj_").replace("in_kv.", "in_proj_")
         if joined != theirs:
             value = value.flatten(1) if value.ndim > 1 else value
             value = torch.cat([*([state[joined]] if joined in state else []), value])
