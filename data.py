@@ -11,6 +11,7 @@ index): it does not depend on the number of workers, on the order of requests or
 import argparse
 import colorsys
 import ctypes
+import hashlib
 import itertools
 import json
 import math
@@ -483,6 +484,7 @@ class EpochDataset(Dataset):
     """Takes keys (epoch, view, index), or a plain index for view 0 of the epoch last set."""
     seed = epoch = 0
     problems = []    # messages on files that were left out
+    first_id = 0     # of class 0 in a stored mask
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -491,7 +493,30 @@ class EpochDataset(Dataset):
         return key if isinstance(key, tuple) else (self.epoch, 0, key)
 
     def rng(self, epoch, view, index):
-        return np.random.default_rng((self.seed, epoch, view + 1, index))    # + 1: (seed, epoch) alone is the order's
+        # + 1: (seed, epoch) alone is the order's
+        return np.random.default_rng((self.seed, epoch, view + 1, index))
+
+    def fingerprint(self):
+        """Text that tells data sets apart, wherever they lie: of all splits, "" for drawn ones."""
+        return ""
+
+    def check(self, limit=100):
+        """Look at some `limit` masks: what cannot be learnt from is an error. -> notes, a line each"""
+        return []
+
+
+def fingerprint(root, files, whole):
+    """A hash of the names below root and the sizes of files, and of the content of those in `whole`."""
+    digest = hashlib.sha256()
+    for path in files:
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise UserError(f"{shown(path)}: {error.strerror}; repair or remove it") from None
+        digest.update(os.fsencode(f"{os.path.relpath(path, root)} {size}\n"))
+    for path in whole:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 # ---- Reading files -------------------------------------------------------------------------------------------------
@@ -547,6 +572,17 @@ def write_json(flag, path, value):
         return print(text)
     with writing(flag, path):
         Path(path).write_text(text + "\n")
+
+
+def listed(values, limit=8):
+    """The first values, and how many more there are, for a message."""
+    more = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return ", ".join(map(str, values[:limit])) + more
+
+
+def some(items, count):
+    """At most count of the items, evenly spread."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
 def read_mask(path):
@@ -714,6 +750,7 @@ LAYOUTS = {    # images, masks, {split: folder}
     "ADE20K": ("images", "annotations", {"train": "training", "val": "validation"}),
     "the original project's": ("image", "mask", {"train": "train", "val": "val"}),
 }
+NO_CLASS = re.compile("unlabel|background|void|ignore|none", re.IGNORECASE)
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 MASK_FILES = {".png", ".bmp", ".tif", ".tiff"}
 
@@ -753,7 +790,9 @@ class FolderSegmentation(EpochDataset):
             raise UserError(self.problems[0] + more)
         if not self.paths:
             raise UserError(f"{shown(images)}: no images with masks here (looked for {' '.join(sorted(IMAGE_FILES))})")
-        self.classes = classes or read_classes(self.root, zero_is_class) or found_classes(self.root, zero_is_class)
+        names = read_classes(self.root, zero_is_class)
+        self.named = names is not None      # else the classes are made up, one for each id
+        self.classes = classes or names or found_classes(self.root, zero_is_class)
         if len(self.classes) > IGNORED:
             raise UserError(f"{shown(root)}: {len(self.classes)} classes; at most {IGNORED} are possible, 255 is ignored")
         self.colors = self._colors()
@@ -761,6 +800,65 @@ class FolderSegmentation(EpochDataset):
     @property
     def num_classes(self):
         return len(self.classes)
+
+    @property
+    def first_id(self):
+        return 0 if self.zero_is_class else 1
+
+    def fingerprint(self):
+        folders = [split_folders(self.root, split) for split in ("train", "val")]
+        pairs = sum([pair(*both)[0] for both in folders if both[0].is_dir()], [])
+        names = [path for path in names_files(self.root) if path.is_file()]
+        whole = names + [mask for _, mask in some(pairs, 100)]
+        return fingerprint(self.root, itertools.chain(*pairs), whole)
+
+    def counts(self, paths):
+        """Pixels of each label, 0..255, in the masks of [(image, mask), ...]. -> (256,) int64"""
+        def count(path):
+            return np.bincount(self.labels(path[1]).ravel(), minlength=256)
+
+        with ThreadPoolExecutor() as pool:
+            return sum(pool.map(count, paths))
+
+    def check(self, limit=100):
+        paths = some(self.paths, limit)
+        counts = self.counts(paths)
+        if np.count_nonzero(counts[:IGNORED]) < 2 and len(paths) < len(self.paths):
+            paths = self.paths      # a rare class may be in none of some
+            counts = self.counts(paths)
+        return self.judge(counts, len(paths))
+
+    def judge(self, counts, masks):
+        """What `counts` of the labels in so many masks mean: UserError, or notes of a line each."""
+        used = np.flatnonzero(counts[:IGNORED])
+        where = f"{shown(self.root)}, {self.split}"
+        if len(used) < 2:
+            ids = np.concatenate([np.unique(read_mask(mask)) for _, mask in some(self.paths, 100)])
+            ids = np.unique(ids).tolist()
+            what = f"only {self.classes[used[0]]!a} is" if len(used) else "nothing is"
+            remedy = "correct the masks"
+            if 0 in ids and self.first_id == 1 and len(used):
+                remedy = "--zero-is-class makes 0 a class"
+            if ids == [0, IGNORED]:
+                remedy = "255 is ignored: write 1 in its place, and use --zero-is-class"
+            raise UserError(f"{where}: {what} labelled in {masks} masks, whose ids are "
+                            f"{listed(ids)}; {remedy}")
+        notes = []
+        ids = used + self.first_id
+        unused = [shown(name) for k, name in enumerate(self.classes) if k not in used]
+        if unused and not self.named and ids[-1] - ids[0] >= len(ids):
+            notes.append(f"the ids in {masks} masks skip numbers: {listed(ids)}")
+        elif unused:
+            notes.append(f"{len(unused)} of {self.num_classes} classes are in none of {masks} masks: "
+                         + listed(unused))
+        if self.first_id and self.num_classes - 1 not in used and NO_CLASS.match(self.classes[0]):
+            notes.append(f"the last class is never used and the first is called {self.classes[0]!a}: "
+                         "are the names shifted by one? Id 0 is ignored and id 1 is the first name; "
+                         "leave it out of the names' file, or use --zero-is-class")
+        ignored = counts[IGNORED] / counts.sum()
+        if ignored > 0.5:
+            notes.append(f"{100 * ignored:.0f} % of the pixels in {masks} masks are ignored")
+        return [f"{where}: {note}" for note in notes]
 
     def __len__(self):
         return len(self.paths)
@@ -783,7 +881,7 @@ class FolderSegmentation(EpochDataset):
     def labels(self, path):
         """A mask file as labels: (H, W) uint8, 0..K-1 and 255."""
         mask = read_mask(path)
-        first = 0 if self.zero_is_class else 1
+        first = self.first_id
         limit = self.num_classes + first
         if mask.max() >= limit and (bad := (mask >= limit) & (mask != IGNORED)).any():
             raise UserError(f"{shown(path)}: label id {mask[bad][0]} is beyond the {self.num_classes} classes (ids {first}.."
@@ -827,9 +925,13 @@ def pair(images, masks):
     return [(path, masks_of[stem]) for stem, path in images_of.items() if stem in masks_of], problems
 
 
+def names_files(root):
+    return root / "id2label.json", root / "objectInfo150.txt"
+
+
 def read_classes(root, zero_is_class):
     """Class names from id2label.json ({"0": "wall", ...}: ids after the label rule) or objectInfo150.txt; None without either."""
-    labels, info = root / "id2label.json", root / "objectInfo150.txt"
+    labels, info = names_files(root)
     try:
         if labels.is_file():
             names = {int(k): str(v) for k, v in json.loads(labels.read_text("utf-8")).items()}
@@ -1024,6 +1126,12 @@ class TinyImageNet(EpochDataset):
         if self.train and erase:
             steps.append(v2.RandomErasing(erase, scale=(0.02, 1 / 3), value="random"))
         self.transform = v2.Compose(steps)
+
+    def fingerprint(self):
+        splits = (class_folders(self.root / "train"),
+                  validation_files(self.root / "val", self.classes))
+        lists = [files for split in splits for files in split.values()]
+        return fingerprint(self.root, itertools.chain(*lists), [])
 
     def __len__(self):
         return len(self.paths)
@@ -1335,11 +1443,6 @@ def survey(title, count, measure):
         values = [result[side] for result in good]
         print(f"  {name:6} min {min(values)}, median {np.median(values):.0f}, max {max(values)}")
     return good, [result for result in results if isinstance(result, str)]
-
-
-def some(items, count):
-    """At most count of the items, evenly spread."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
 def check_segmentation(datasets, out):
