@@ -1282,8 +1282,7 @@ def contact_sheet(rows, path, titles=(), classes=(), colors=(), side=320):
     """
     gap, line, font = 8, 22, ImageFont.load_default(14)
     rows = [[fitted(picture, side) for picture in row] for row in rows]
-    seen = [np.unique(picture) for row in rows for picture in row if picture.ndim == 2]
-    known = range(len(classes))
+    seen, known = [np.unique(p) for p in sum(rows, []) if p.ndim == 2], range(len(classes))
     if seen:
         known = [k for k in known if k in np.concatenate(seen)]
     columns = itertools.zip_longest(*rows, fillvalue=np.empty((0, 0)))
@@ -1357,7 +1356,7 @@ def plot(path, series, x_label, y_label, lines=True, title=""):
     draw = ImageDraw.Draw(sheet)
     series = {name: [p for p in points if math.isfinite(p[0] + p[1])]
               for name, points in series.items()}
-    values = np.array([p[:2] for points in series.values() for p in points] or [(0, 0)], float)
+    values = np.array([p[:2] for p in sum(series.values(), [])] or [(0, 0)], float)
     xs, ys = (ticks(v.min(), v.max()) for v in values.T)
 
     def place(x, y):
@@ -1376,37 +1375,30 @@ def plot(path, series, x_label, y_label, lines=True, title=""):
     draw.text(((left + right) / 2, height - 20), x_label, "black", font, "ms")
     draw.text((20, top - 24), y_label, "black", font, "ls")
     draw.text((width / 2, 20), drawable(title, font, width), "black", font, "mt")
-    end, taken, labels = right, [], []
+    end, labels = right, []
     for (name, points), ink in zip(series.items(), itertools.cycle(INKS)):
         name = drawable(name, font, 300)
         draw.text((end, top - 24), name, ink, font, "rs")
         end -= font.getlength(name) + 40
-        spots = [place(x, y) for x, y, *_ in points]
+        spots = [place(*p[:2]) for p in points]
         if lines and len(spots) > 1:
             draw.line(spots, ink, 5, "curve")
         else:
             for x, y in spots:
-                taken.append((x - 8, y - 8, x + 8, y + 8))
-                draw.ellipse(taken[-1], ink)
-        labels += [(spot, text, ink) for spot, (_, _, *rest) in zip(spots, points)
-                   for text in rest]
-    for (x, y), text, ink in labels:      # beside its point, where nothing else has been drawn
+                draw.ellipse((x - 8, y - 8, x + 8, y + 8), ink)
+        labels += [(*spot, p[2], ink) for spot, p in zip(spots, points) if len(p) > 2]
+    for x, y, text, ink in labels:
         text = drawable(text, font, 400)
         tries = [((x + 14, y), "lm"), ((x - 14, y), "rm"), ((x, y - 14), "ms"), ((x, y + 14), "mt")]
-        for spot, anchor in [*tries, tries[0]]:
-            box = draw.textbbox(spot, text, font, anchor)
-            if left < box[0] and box[2] < width and not any(_overlap(box, b) for b in taken):
+        for spot, anchor in [*tries, tries[0]]:    # the first place where there is nothing so far
+            box = sheet.crop(draw.textbbox(spot, text, font, anchor))
+            if min(darkest for darkest, _ in box.getextrema()) >= 228:
                 break
         draw.text(spot, text, ink, font, anchor)
-        taken.append(box)
     sheet = sheet.reduce(2)      # drawn at twice the size, as Pillow's edges are hard
     if path:
         sheet.save(path, "PNG")
     return sheet
-
-
-def _overlap(a, b):
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def draw_curves(path, rows, metric):
@@ -1414,21 +1406,19 @@ def draw_curves(path, rows, metric):
     def curve(key):
         return [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
 
-    above = plot(None, {"training": curve("loss"), "validation": curve("val_loss")},
-                 "epoch", "loss")
-    below = plot(None, {"validation": curve(metric)}, "epoch", f"{metric} (%)")
-    sheet = Image.new("RGB", (above.width, 2 * above.height))
-    sheet.paste(above)
-    sheet.paste(below, (0, above.height))
-    sheet.save(path, "PNG")
+    losses = {"training": curve("loss"), "validation": curve("val_loss")}
+    panels = [plot(None, losses, "epoch", "loss"),
+              plot(None, {"validation": curve(metric)}, "epoch", f"{metric} (%)")]
+    Image.fromarray(np.concatenate(panels)).save(path, "PNG")
 
 
-# ---- python data.py: check a data set ------------------------------------------------------------------------------
+# ---- python data.py: check a data set ------------------------------------------------------------
 
 def survey(title, count, measure):
-    """measure(i) -> (width, height, ...) for every i, in threads (Pillow frees the interpreter while it decodes).
+    """Call measure(i) -> (width, height, ...) for every i, and print the number and the sizes.
 
-    -> what it returned for the good ones, the messages of the others; prints the number and the sizes.
+    In threads, as Pillow frees the interpreter while it decodes. -> what measure returned for the
+    good ones, the messages of the others
     """
     def attempt(index):
         try:
