@@ -960,25 +960,30 @@ def found_classes(root, zero_is_class):
     return [f"class {k}" for k in range(largest + 1 if zero_is_class else max(largest, 1))]
 
 
-# ---- The embedded segmentation data --------------------------------------------------------------------------------
+# ---- The embedded segmentation data --------------------------------------------------------------
 
 class Shapes(EpochDataset):
-    """Textured shapes on two textured grounds, drawn and not stored: image i of a split is a pure function of (split, i).
+    """Textured shapes on two textured grounds, drawn and not stored.
 
-    Colour narrows a shape down to two classes and no further: disc and pearl share a family of hues, square and star, ring and
-    cross; only the triangle has its own. A "pearl" is a disc that lies inside a square. The grounds have any greyish colour and
-    differ in texture (a wave or none). Items as those of FolderSegmentation; in training the scale is drawn from 0.8..1.25.
+    Image i of a split is a pure function of (split, i). Colour narrows a shape down to two classes
+    and no further: disc and pearl share a family of hues, square and star, ring and cross; only the
+    triangle has its own. A "pearl" is a disc that lies inside a square. The grounds have any
+    greyish colour and differ in texture (a wave or none). Items as those of FolderSegmentation; in
+    training the scale is drawn from 0.8..1.25.
     """
-    classes = ["plain ground", "striped ground", "disc", "square", "triangle", "star", "ring", "cross", "pearl"]
+    classes = ["plain ground", "striped ground", "disc", "square", "triangle", "star", "ring",
+               "cross", "pearl"]
     num_classes = len(classes)
-    colors = np.array([[150, 150, 160], [95, 105, 130], [230, 60, 60], [250, 170, 40], [245, 235, 90], [80, 190, 90],
-                       [60, 200, 220], [70, 100, 235], [215, 110, 230]], np.uint8)
+    colors = np.array([[150, 150, 160], [95, 105, 130], [230, 60, 60], [250, 170, 40],
+                       [245, 235, 90], [80, 190, 90], [60, 200, 220], [70, 100, 235],
+                       [215, 110, 230]], np.uint8)
     SIZE = 64
     COUNT = {"train": 1000, "val": 100}
 
     def __init__(self, split, crop=None, seed=0):
         self.split, self.crop, self.seed = split, crop, seed
-        drawn = [draw_shapes(("train", "val").index(split), index, self.SIZE) for index in range(self.COUNT[split])]
+        number = ("train", "val").index(split)
+        drawn = [draw_shapes(number, index, self.SIZE) for index in range(self.COUNT[split])]
         # Tensors, not arrays: workers started by spawn or forkserver then share the memory.
         self.images, self.labels = (torch.from_numpy(np.stack(part)) for part in zip(*drawn))
 
@@ -989,8 +994,8 @@ class Shapes(EpochDataset):
         epoch, view, index = self.key(key)
         image, labels = self.images[index], self.labels[index]
         if self.crop:
-            return training_view(Image.fromarray(image.numpy()), labels.numpy(), self.crop, self.rng(epoch, view, index),
-                                 scale=(0.8, 1.25))
+            return training_view(Image.fromarray(image.numpy()), labels.numpy(), self.crop,
+                                 self.rng(epoch, view, index), scale=(0.8, 1.25))
         return image.permute(2, 0, 1), labels, f"shapes/{self.split}/{index:05d}"
 
 
@@ -999,9 +1004,11 @@ def draw_shapes(split, index, size):
     rng = np.random.default_rng((0, split, index))
     y, x = np.mgrid[:size, :size].astype(np.float32) / size * 2 - 1    # -1..1
     angle, bend = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.2)
-    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
-    labels = (u + bend * np.sin(4 * v + rng.uniform(0, 6)) > rng.uniform(-0.5, 0.5)).astype(np.uint8)
-    image = np.where(labels[..., None] == 0, _texture(rng, x, y, "plain"), _texture(rng, x, y, "striped"))
+    u, v = _turned(x, y, angle)
+    wave = u + bend * np.sin(4 * v + rng.uniform(0, 6))
+    labels = (wave > rng.uniform(-0.5, 0.5)).astype(np.uint8)
+    plain, striped = _texture(rng, x, y, "plain"), _texture(rng, x, y, "striped")
+    image = np.where(labels[..., None] == 0, plain, striped)
     for _ in range(rng.integers(3, 5)):
         kind = int(rng.integers(2, 9))
         radius = rng.uniform(0.32, 0.46)
@@ -1014,12 +1021,21 @@ def draw_shapes(split, index, size):
     return image.clip(0, 255).astype(np.uint8), labels
 
 
+def _turned(x, y, angle):
+    cos, sin = np.cos(angle), np.sin(angle)
+    return cos * x + sin * y, cos * y - sin * x
+
+
 def _paint(rng, image, labels, x, y, kind, center, radius, turn):
     """Draw a shape (a class from 2 on) of the given circumradius over what is there."""
     x, y = (x - center[0]) / radius, (y - center[1]) / radius
-    u, v = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
+    u, v = _turned(x, y, turn)
     r, around = np.hypot(u, v), np.arctan2(v, u)
-    wedge = lambda n: np.abs((around / (2 * np.pi / n)) % 1 - 0.5) * (2 * np.pi / n)    # angle to the nearest of n edges' normals
+
+    def wedge(n):
+        """The angle to the nearest of the normals of n edges."""
+        return np.abs((around / (2 * np.pi / n)) % 1 - 0.5) * (2 * np.pi / n)
+
     inside = {
         2: lambda: r < 0.8,
         3: lambda: np.maximum(abs(u), abs(v)) < 0.72,
@@ -1029,8 +1045,11 @@ def _paint(rng, image, labels, x, y, kind, center, radius, turn):
         7: lambda: (np.minimum(abs(u), abs(v)) < 0.26) & (np.maximum(abs(u), abs(v)) < 0.9),
         8: lambda: r < 0.9,
     }[kind]()
-    color = 255 * np.array(colorsys.hsv_to_rgb(HUES[kind] + rng.uniform(-0.06, 0.06), rng.uniform(0.6, 1), rng.uniform(0.5, 0.9)))
-    image[inside] = _texture(rng, x, y, rng.choice(["plain", "striped", "speckled"]), color)[inside]
+    hue = HUES[kind] + rng.uniform(-0.06, 0.06)
+    color = colorsys.hsv_to_rgb(hue, rng.uniform(0.6, 1), rng.uniform(0.5, 0.9))
+    texture = _texture(rng, x, y, rng.choice(["plain", "striped", "speckled"]),
+                       255 * np.array(color))
+    image[inside] = texture[inside]
     labels[inside] = kind
 
 
@@ -1038,16 +1057,16 @@ HUES = {2: 0.0, 8: 0.0, 3: 0.33, 5: 0.33, 6: 0.62, 7: 0.62, 4: 0.83}    # of the
 
 
 def _texture(rng, x, y, kind, color=None):
-    """A colour, any greyish one if not given, with a gentle slope, under a wave ("striped") or in flecks ("speckled")."""
+    """A colour, any greyish one if None, with a gentle slope, under a wave ("striped") or in
+    flecks ("speckled")."""
     if color is None:
         color = rng.uniform(60, 180) + rng.uniform(-25, 25, 3)
     other = color * rng.uniform(0.4, 1.6)
-    angle = rng.uniform(0, np.pi)
-    along = np.cos(angle) * x + np.sin(angle) * y
+    along, _ = _turned(x, y, rng.uniform(0, np.pi))
     if kind == "plain":
         mix = 0.15 * along
-    elif kind == "striped":
-        other = color + np.sign(128 - color.mean()) * rng.uniform(50, 90)    # the stripes always show
+    elif kind == "striped":    # the stripes always show
+        other = color + np.sign(128 - color.mean()) * rng.uniform(50, 90)
         mix = 0.5 + 0.5 * np.sin(rng.uniform(22, 30) * along)
     else:
         mix = 0.6 * (rng.random(x.shape) < 0.25)
