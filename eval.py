@@ -219,8 +219,9 @@ def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
     protocol: the keywords of `views`. Leaves the model's mode. Errors: UserError, which names the
     image if the logits are not finite.
     """
-    training, device = model.training, processes.device
+    training, device, benchmark = model.training, processes.device, torch.backends.cudnn.benchmark
     model.eval()
+    torch.backends.cudnn.benchmark = False      # images of many sizes: each would be a trial
     matrix, flags, paths = ConfusionMatrix(model.num_classes, device), [], []
     criterion = layers.UpsampledCrossEntropy(data.IGNORED)
     loader = data.eval_loader(dataset, batch_size, processes, workers)
@@ -238,6 +239,7 @@ def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
             flags.append(finite(logits))
             paths += names
     model.train(training)
+    torch.backends.cudnn.benchmark = benchmark
     refuse_not_finite(flags, paths.__getitem__)
     return matrix.all_reduce()
 

@@ -125,6 +125,9 @@ def record(row, formula, module, args, kwargs, out):
 
 # ---- Time and memory -----------------------------------------------------------------------------
 
+DTYPES = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
 def prepare(model, size, args, device):
     """The inference form of a model -> a function that runs it once on random images, and waits."""
     model = models.fuse(model).to(device, memory_format=torch.channels_last)
@@ -143,45 +146,29 @@ def prepare(model, size, args, device):
     return run
 
 
-DTYPES = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}
+def latency(cases, args, device):
+    """{name: (spec, size)} -> {name: median and quartiles in ms, images/s}, after a warm-up.
 
-
-def latency(cases, args):
-    """{name: function} -> {name: median and quartiles in ms, images/s}, after a warm-up.
-
-    The cases take turns, so that a machine that slows down for a while slows down all of them.
+    The cases take turns, so that a machine that slows down for a while slows down all of them. With
+    one model, whose sizes rise, also the peak memory in GiB up to each: of tensors on a GPU, on
+    the CPU all that the process held.
     """
-    seconds = {name: [] for name in cases}
-    for _ in data.progress(range(args.latency + max(2, args.latency // 5)), "timing"):
-        for name, run in cases.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    table = {}
-    for name, values in seconds.items():
-        values = [1000 * value for value in values[-args.latency:]]
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        table[name] = {"median_ms": median, "quartiles_ms": [low, high],
-                       "images_per_second": 1000 * args.batch_size / median}
-    return table
-
-
-def timed(cases, args, device):
-    """{name: (spec, size)} -> {name: latency's figures}; several models take turns.
-
-    One model runs at its sizes one by one, from the smallest on, so that the peak memory in GiB is
-    known: of tensors on a GPU, on the CPU all that the process held.
-    """
-    runs = {}
+    runs, table, seconds = {}, {name: {} for name in cases}, {name: [] for name in cases}
     for name, (spec, size) in cases.items():
         model = models.build(spec.name, args.task, args.num_classes, **spec.overrides)
-        runs[name] = partial(prepare, model, size, args, device)
-    if args.comparison:
-        return latency({name: run() for name, run in runs.items()}, args)
-    table = {}
-    for name, run in runs.items():
-        table |= latency({name: run()}, args)
-        table[name]["peak_memory_gib"] = data.peak_memory(device)
+        runs[name] = prepare(model, size, args, device)
+        runs[name]()
+        if not args.comparison:
+            table[name]["peak_memory_gib"] = data.peak_memory(device)
+    for _ in data.progress(range(args.latency + max(2, args.latency // 5)), "timing"):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(1000 * (time.perf_counter() - start))
+    for name, values in seconds.items():
+        low, median, high = statistics.quantiles(values[-args.latency:], n=4, method="inclusive")
+        table[name] |= {"median_ms": median, "quartiles_ms": [low, high],
+                        "images_per_second": 1000 * args.batch_size / median}
     return table
 
 
@@ -382,7 +369,7 @@ def main(argv=None):
             print_comparison(counts, base)
     if args.latency:
         device = data.start(args.device).device
-        times = timed(cases, args, device)
+        times = latency(cases, args, device)
         for result, name in zip(results, cases):
             result["latency"] = times[name]
         if args.json != "-":
