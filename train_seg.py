@@ -145,7 +145,7 @@ def main(argv=None):
         """What is needed to use the weights: the content of best.pt, and a part of last.pt."""
         return {"spec": models.describe(model), "model": model.state_dict(),
                 "ema": average and average.state_dict(), "classes": list(val_set.classes),
-                "colors": val_set.colors.tolist(),
+                "colors": val_set.colors.tolist(), "first_id": val_set.first_id,
                 "args": settings, "epoch": len(rows), "best": best}
 
     def save(seconds):
