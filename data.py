@@ -298,7 +298,8 @@ def run(main):
     """
     STOP.signum, STOP.process = 0, os.getpid()
     handlers = handle(STOP)
-    sys.stdout.reconfigure(errors="backslashreplace")    # class names that it cannot print
+    # Class names that stdout cannot print are escaped; in a file each line is there at once.
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     warnings.filterwarnings("ignore", module="PIL")    # they name no file; what is bad raises
     if under_torchrun():
         threading.Thread(target=_watch, args=[os.getppid()], daemon=True).start()
