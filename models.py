@@ -485,7 +485,7 @@ INIT = {    # (linear layers, other convolutions)
 
 
 # --------------------------------------------------------------------------------------------------
-# Training and inference
+# Parameter groups, fusing, the command line, the catalogue
 # --------------------------------------------------------------------------------------------------
 
 def parameter_groups(model, lr, weight_decay, head_lr_factor=10.0):
@@ -520,10 +520,6 @@ def fuse(model):
         model.head = layers.MergedMlpHead(model.head)
     return model
 
-
-# --------------------------------------------------------------------------------------------------
-# Command line, catalogue
-# --------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors: one line, without the long list of flags."""
@@ -832,6 +828,9 @@ def lock_folder(output):
     except OSError as error:
         raise UserError(f"{output}: cannot write here ({error.strerror}); "
                         "choose another --output-dir")
+    for name in ("last.pt", "best.pt", "log.jsonl"):        # now, and not after the first epoch
+        if (output / name).is_dir():
+            raise UserError(f"{output / name}: a folder, where the run writes a file; move it away")
     return lock
 
 
@@ -1096,8 +1095,9 @@ def know(model, checkpoint):
     try:
         model.size = args.get("crop") or args.get("image_size")
         model.first_id = first_id
-        if first_id is None:
-            model.first_id = 0 if args.get("zero_is_class") else 1
+        if first_id is None:        # the embedded shapes have no path, and count from 0
+            from_zero = args.get("zero_is_class") or args.get("data_path", "") is None
+            model.first_id = 0 if from_zero else 1
         if colors is not None:
             model.colors = torch.tensor(colors, dtype=torch.uint8).view(model.num_classes, 3)
             model.colors = model.colors.numpy()
@@ -1272,8 +1272,7 @@ class Format:
     prefix: of the encoder's names, where the head's have none; dialect: changes of theirs in keys;
     rows: the names of the models that it is for; dead: names that the files carry and no forward
     pass uses; fresh: ours that such files never have; linear: our 1x1 convolutions that are Linear
-    layers there (conv1d: Conv1d); unfold: ours whose channels they have in nn.Unfold's order;
-    writes: whether export knows it too.
+    layers there (conv1d: Conv1d); unfold: ours whose channels they have in nn.Unfold's order.
     """
     name: str
     keys: str | None = None
@@ -1286,7 +1285,6 @@ class Format:
     linear: str = r"\.(q|kv|proj|fc1|fc2|qkv|reduction|projections\.\d|low_level)$"
     conv1d: bool = False
     unfold: str = r"$^"
-    writes: bool = True
 
     def names(self, model):
         """{our name of a tensor: the list of theirs} (more than one: stacked), for what this
@@ -1381,7 +1379,7 @@ FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's s
     Format("SegFormer / PVTv2 encoder", MIT, CLS, **MIT_ROWS),
     Format("SegFormer / PVTv2 / Lawin segmentor", MIT, MMSEG_HEADS, "backbone.",
            dead=r"decode_head\.conv_seg\.", **MIT_ROWS),
-    Format("mmsegmentation SegFormer encoder", MIT_MMSEG, writes=False, **MIT_ROWS),
+    Format("mmsegmentation SegFormer encoder", MIT_MMSEG, **MIT_ROWS),
     Format("original project", LITE, LITE_HEADS, "segformer.encoder.", rows="lite|segformer",
            linear=r"\.(q|kv|proj|projections\.\d)$"),
     Format("timm PVTv2", TIMM_STEM + MIT, CLS, dialect=PVT_V2_TIMM, rows="pvt_v2"),
@@ -1409,7 +1407,7 @@ LOSSES = re.compile(r"(criterion|loss)\w*\.")
 
 
 # --------------------------------------------------------------------------------------------------
-# Loading them
+# Reading and writing them
 # --------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -1428,12 +1426,10 @@ class Report:
                 f"unexpected in the file, not used: {some(self.unexpected)}")
 
 
-def some(names):
+def some(names, shown=4):
     """How many, and the first of them."""
-    if not names:
-        return "0"
-    more = ", ..." if len(names) > 4 else ""
-    return f"{len(names)} ({', '.join(names[:4])}{more})"
+    more = ", ..." if len(names) > shown else ""
+    return f"{len(names)} ({', '.join(names[:shown])[:200]}{more})" if names else "0"
 
 
 def load_pretrained(model, source):
@@ -1464,10 +1460,9 @@ def load_pretrained(model, source):
     left = unused(state, form, found, misfits)
     foreign = [name for name in left if not HEADS.match(name) and not LOSSES.match(name)]
     if wrong or missing or foreign:
-        raise UserError(f"{path}: does not fit {model.spec} ({form.name}; {len(wrong)} tensors of "
-                        f"another shape{example(wrong)}, {len(missing)} missing{example(missing)}, "
-                        f"{len(foreign)} unexpected{example(foreign)})"
-                        + looks_like(model, state, form, trained))
+        raise UserError(f"{path}: does not fit {model.spec} ({form.name}; of another shape: "
+                        f"{some(wrong, 1)}; missing: {some(missing, 1)}; unexpected: "
+                        f"{some(foreign, 1)}){looks_like(model, state, form, trained)}")
     targets = model.state_dict()
     for key, names in found.items():
         for name in names:
@@ -1588,21 +1583,14 @@ def match(model, state, form):
 
 
 def fits(shapes, target):
-    """Same shape, up to trailing ones: a Linear, a Conv1d and a 1x1 convolution hold the same
+    """Same shape, up to axes of size 1: a Linear, a Conv1d and a 1x1 convolution hold the same
     matrix. Several shapes: stacked along the first axis."""
     first = list(shapes[0])
     for shape in shapes[1:]:
         if not shape or list(shape[1:]) != first[1:]:
             return False
         first[0] += shape[0]
-    return strip_ones(first) == strip_ones(target)
-
-
-def strip_ones(shape):
-    shape = list(shape)
-    while len(shape) > 2 and shape[-1] == 1:
-        shape.pop()
-    return shape
+    return [n for n in first if n != 1] == [n for n in target if n != 1]
 
 
 def settle_head(model, state, form, found, misfits, missing):
@@ -1644,10 +1632,6 @@ def counter(name):
     return name.endswith(("num_batches_tracked", "n_averaged"))
 
 
-def example(names):
-    return f", e.g. {names[0][:99]}" if names else ""
-
-
 def looks_like(model, state, form, trained):
     """The words with which a file's weights fit: of our own what the file says, of others the row
     whose encoder fits best, if that is better than the model's own."""
@@ -1672,10 +1656,6 @@ def looks_like(model, state, form, trained):
     return best
 
 
-# --------------------------------------------------------------------------------------------------
-# Writing them
-# --------------------------------------------------------------------------------------------------
-
 def export_pretrained(model, path, format=None, classes=None):
     """Write a model's weights under the names of a public format; load_pretrained reads them back.
 
@@ -1691,15 +1671,15 @@ def export_pretrained(model, path, format=None, classes=None):
         forms = [f for f in FORMATS[1:] if f.name != HUB and re.match(f.rows, model.spec.name)]
     else:
         forms = [f for f in FORMATS if f.name == format]
-    forms = [f for f in forms if f.writes]
+    forms = [f for f in forms if f.keys != MIT_MMSEG]       # its q, k and v are only taken apart
     if not forms:
-        raise UserError(f"format {format!r} is not known; choose from: "
-                        f"{', '.join(f.name for f in FORMATS if f.writes)}")
+        raise UserError(f"format {format!r} cannot be written; choose from: "
+                        f"{', '.join(f.name for f in FORMATS if f.keys != MIT_MMSEG)}")
     # of those with most names the first
     names_of, form = max(((f.names(model), f) for f in forms), key=lambda pair: len(pair[0]))
     if nameless := [key for key in model.state_dict() if key not in names_of]:
-        raise UserError(f"{form.name} has no name for {len(nameless)} tensors of {model.spec}"
-                        f"{example(nameless)}; models.save_checkpoint keeps any model")
+        raise UserError(f"{form.name} has no name for tensors of {model.spec}: "
+                        f"{some(nameless, 1)}; models.save_checkpoint keeps any model")
     state = {}
     for key, value in model.state_dict().items():
         state |= zip(names_of[key], form.write(key, value.cpu(), len(names_of[key])))
