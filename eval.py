@@ -369,9 +369,8 @@ def draw(model, pixels, classes, target):
     areas = np.bincount(classes.ravel(), minlength=model.num_classes)
     seen = [k for k in np.argsort(-areas, kind="stable") if areas[k]]
     overlay = pixels // 2 + data.colorize(classes, colors) // 2
-    names = [model.classes[k] for k in seen]
-    legend = data.legend(names, colors[seen], max(overlay.shape[1], 200))
-    data.contact_sheet([[overlay]], f"{target}_overlay.png", legend)
+    data.contact_sheet([[overlay]], f"{target}_overlay.png", (), [model.classes[k] for k in seen],
+                       colors[seen], max(overlay.shape))
 
 
 # ---- python eval.py ------------------------------------------------------------------------------
