@@ -101,6 +101,7 @@ def main(argv=None):
     name = Path(args.data_path).resolve().name if args.data_path else "shapes"
     output = Path(args.output_dir or f"runs/cls-{model.spec}-{name}")
     settings = models.run_settings(args, model, data_path=args.data_path and name,
+                                   data_files=train_set.fingerprint(),
                                    images=len(train_set), classes=train_set.num_classes,
                                    effective_batch=batch, warmup=warmup)
     state = None

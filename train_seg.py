@@ -96,12 +96,15 @@ def main(argv=None):
     name = Path(args.data_path).resolve().name if args.data_path else "shapes"
     output = Path(args.output_dir or f"runs/seg-{model.spec}-{name}")
     settings = models.run_settings(args, model, data_path=args.data_path and name,
+                                   data_files=train_set.fingerprint(),
                                    images=len(train_set), classes=train_set.num_classes,
                                    effective_batch=batch, warmup=warmup)
     state = None
     if rank == 0:
         lock = models.lock_folder(output)       # held for as long as this variable lives
         state = models.find_state(output, args.resume, settings)
+        for note in train_set.check() + val_set.check():
+            print(f"note: {note}")
     state = data.broadcast(state)
 
     # Weights, optimizer, scaler and moving average: fresh, or as the state has them. With several
