@@ -1378,43 +1378,33 @@ def test_hostile_safetensors_are_refused(tmp_path, change, reason):
 
 
 def test_hostile_safetensors_lengths(tmp_path):
+    """Cut, with something behind, and claims of gigabytes: nothing of them may be read into memory."""
     path = tmp_path / "x.safetensors"
     whole = safetensors_bytes({"a": torch.arange(4.)})
+    huge = {"b": {"dtype": "F32", "shape": [0, 2 ** 62], "data_offsets": [16, 16]}}
     for content, reason in ((whole[:-1], "fit"), (whole + b"x", "behind"),
                             (struct.pack("<Q", 2 ** 31) + whole[8:], "claims a header"),
                             (whole[:5], "claims"), (b"", "claims"), (struct.pack("<Q", 20) + b"{" * 60, "JSON"),
-                            (struct.pack("<Q", 16) + b'{"a": 1, "a": 1}', "each name once")):
+                            (struct.pack("<Q", 16) + b'{"a": 1, "a": 1}', "each name once"),
+                            (struct.pack("<Q", 10 ** 6) + b'{"a":' * 200_000, "not JSON"),
+                            (safetensors_bytes({"a": torch.zeros(4)}, lambda e: e | huge), "out of range")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=reason):
             models.read_safetensors(path)
-
-
-def test_hostile_safetensors_of_gigabytes(tmp_path):
-    """Files with holes: nothing of them may be read into memory."""
-    path = tmp_path / "x.safetensors"
-    with open(path, "wb") as file:
+    with open(path, "wb") as file:                      # a file with a hole
         file.write(struct.pack("<Q", 2 * 10 ** 9))
         file.truncate(3 * 10 ** 9)
     with pytest.raises(UserError, match="claims a header"):
-        models.read_safetensors(path)
-    path.write_bytes(struct.pack("<Q", 10 ** 6) + b'{"a":' * 200_000)
-    with pytest.raises(UserError, match="not JSON"):
-        models.read_safetensors(path)
-    huge = {"b": {"dtype": "F32", "shape": [0, 2 ** 62], "data_offsets": [8, 8]}}
-    path.write_bytes(safetensors_bytes({"a": torch.zeros(2)}, lambda e: e | huge))
-    with pytest.raises(UserError, match="out of range"):
         models.read_safetensors(path)
 
 
 def test_safetensors_written_are_read_back(tmp_path):
     state = {"count": torch.tensor(3), "half": torch.randn(3).bfloat16(), "flag": torch.tensor([True]),
-             "none": torch.zeros(0, 2),
-             "w": torch.randn(2, 3)}
-    models.write_safetensors(tmp_path / "x.safetensors", state)
-    for read in (models.read_safetensors, pytest.importorskip("safetensors.torch").load_file):
-        again = read(tmp_path / "x.safetensors")
-        assert again.keys() == state.keys()
-        assert all(torch.equal(v, state[k]) and v.dtype == state[k].dtype for k, v in again.items())
+             "none": torch.zeros(0, 2), "w": torch.randn(2, 3)}
+    path = tmp_path / "x.safetensors"
+    models.write_safetensors(path, state)
+    for read in (models.read_safetensors, lambda path: pytest.importorskip("safetensors.torch").load_file(path)):
+        assert same_bits(read(path), state) and all(v.dtype == state[k].dtype for k, v in read(path).items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3445,6 +3435,16 @@ def readme_code():
     """Its Python, block by block: prediction, plot, a mixer, a head, a row."""
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
         return re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
+
+
+def test_the_readme_s_flags_exist(capsys):
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        flags = set(re.findall(r"--[a-z][a-z-]+", file.read()))
+    for script in (data, eval, flops, models, train_cls, train_seg):
+        with pytest.raises(SystemExit):
+            script.main(["--help"])
+    torchrun = {"--nnodes", "--nproc", "--rdzv", "--node", "--master"}
+    assert not flags - torchrun - set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
 
 
 def test_the_readme_s_python_runs(tmp_path, monkeypatch):
