@@ -25,14 +25,17 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -484,8 +487,9 @@ def progress(iterable, title, rank=0, total=None):
 class EpochDataset(Dataset):
     """Takes keys (epoch, view, index), or a plain index for view 0 of the epoch last set."""
     seed = epoch = 0
-    problems = []    # messages on files that were left out
     first_id = 0     # of class 0 in a stored mask
+    ids = None       # or {id in a mask: class}
+    problems = []    # messages on files that were left out
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -494,35 +498,32 @@ class EpochDataset(Dataset):
         return key if isinstance(key, tuple) else (self.epoch, 0, key)
 
     def rng(self, epoch, view, index):
-        # + 1: (seed, epoch) alone is the order's
+        # + 1: (seed, epoch) alone is the order's.
         return np.random.default_rng((self.seed, epoch, view + 1, index))
 
+    def stored_ids(self, k):
+        """The ids of a class in the masks, as text."""
+        if self.ids:
+            return ",".join(str(i) for i, label in self.ids.items() if label == k)
+        return str(k + self.first_id)
+
     def fingerprint(self):
-        """Text that tells data sets apart, wherever they lie: of all splits, "" for drawn ones."""
+        """Short text that tells this data set from others; "" where it is drawn by this file."""
         return ""
 
     def check(self, limit=100):
-        """Look at some `limit` masks: what cannot be learnt from is an error. -> notes, a line each"""
+        """Look at some of the data. -> notes on what is odd; UserError if nothing can be learned."""
+        return []
+
+    def judge(self, counts):
         return []
 
 
-def fingerprint(root, files, whole):
-    """A hash of the names below root and the sizes of files, and of the content of those in `whole`."""
-    digest = hashlib.sha256()
-    for path in files:
-        try:
-            size = os.stat(path).st_size
-        except OSError as error:
-            raise UserError(f"{shown(path)}: {error.strerror}; repair or remove it") from None
-        digest.update(os.fsencode(f"{os.path.relpath(path, root)} {size}\n"))
-    for path in whole:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+# ---- Reading files -------------------------------------------------------------------------------
 
-
-# ---- Reading files -------------------------------------------------------------------------------------------------
-
-BROKEN = OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
+          Image.DecompressionBombError)
+LOSSLESS = "PNG", "BMP", "TIFF", "PPM", "GIF"
 
 
 def shown(path):
@@ -532,18 +533,27 @@ def shown(path):
 
 @contextmanager
 def opened(path, any_depth=False):
-    """A file as a Pillow image of a sane size, not yet decoded; whatever Pillow raises inside becomes a UserError that names
-    the file (Pillow itself often does not). Raw pixels: an EXIF rotation is ignored, as the masks ignore it."""
+    """A file as a Pillow image of a sane size, not yet decoded.
+
+    Whatever Pillow raises inside becomes a UserError that names the file (Pillow itself often does
+    not). Raw pixels: an EXIF rotation is ignored, as the masks ignore it.
+    """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):    # reading a pipe would never end
+            raise ValueError("is not a regular file")
         with Image.open(path) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:    # where Pillow starts to warn: 89 Mpixel
+            # Where Pillow starts to warn: 89 Mpixel.
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, a decompression bomb?")
-            if image.mode.startswith(("I", "F")) and not any_depth:    # convert("RGB") would clip everything above 255 to white
-                raise UserError(f"{shown(path)}: 16-bit or float image (mode {image.mode}); convert it to 8 bits")
+            # convert("RGB") would clip everything above 255 to white.
+            if image.mode.startswith(("I", "F")) and not any_depth:
+                raise UserError(f"{shown(path)}: 16-bit or float image (mode {image.mode}); "
+                                "convert it to 8 bits")
             yield image
     except BROKEN as error:
-        reason = "is not an image" if isinstance(error, Image.UnidentifiedImageError) else shown(
-            getattr(error, "strerror", None) or error)
+        reason = shown(getattr(error, "strerror", None) or error)
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "is not an image"
         raise UserError(f"{shown(path)}: {reason}; repair or remove the file") from None
 
 
@@ -575,42 +585,108 @@ def write_json(flag, path, value):
         Path(path).write_text(text + "\n")
 
 
-def listed(values, limit=8):
-    """The first values, and how many more there are, for a message."""
-    more = f" and {len(values) - limit} more" if len(values) > limit else ""
-    return ", ".join(map(str, values[:limit])) + more
+def read_text(path, parse):
+    """parse(text of a small UTF-8 file, with or without a byte-order mark)."""
+    try:
+        if path.stat().st_size > 2 ** 22:
+            raise ValueError("larger than 4 MiB")
+        return parse(path.read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{shown(path)}: cannot be read ({shown(error)[:200]})") from None
 
 
-def some(items, count):
-    """At most count of the items, evenly spread."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
+def read_json(path):
+    """A small JSON file; a key that stands there twice is an error."""
+    def table(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key stands there twice")
+        return dict(pairs)
+
+    return read_text(path, partial(json.loads, object_pairs_hook=table))
 
 
 def read_mask(path):
-    """A mask's ids as they are stored: (H, W) uint8 or uint32. Palette masks give indices, never colours."""
+    """A mask's ids as they are stored: (H, W) uint8 or int32. Palette masks give indices."""
     with opened(path, any_depth=True) as image:
-        mode, mask = image.mode, np.array(image)
+        if not _lossless(path, image):
+            raise UserError(f"{shown(path)}: {image.format} compression changes the ids of a mask; "
+                            "export the masks as PNG")
+        mode, stored = image.mode, str([tile[3] for tile in image.tile])
+        mask = np.array(image)
     if mode == "RGB" and (mask == mask[..., :1]).all():
         return mask[..., 0]
     if mode not in ("L", "P", "1") and not mode.startswith("I"):
-        raise UserError(f"{shown(path)}: mask of mode {mode}; a mask holds one class id per pixel (modes L, P, I, 1)")
-    return mask.astype(np.uint32 if mode.startswith("I") else np.uint8, copy=False)    # a negative id becomes a huge one
+        raise UserError(f"{shown(path)}: mask of mode {mode}; a mask holds one class id per pixel "
+                        "(modes L, P, I, 1)")
+    if "'L;2" in stored:        # Pillow spreads gray values of 2 and 4 bits over 0..255
+        mask = mask // 85
+    elif "'L;4" in stored:
+        mask = mask // 17
+    return mask.astype(np.int32 if mode.startswith("I") else np.uint8, copy=False)
 
 
-def scan(folder, extensions):
-    """{stem: path} of a flat folder, sorted; hidden files, sub-folders and other extensions are skipped. -> and problems."""
+def _lossless(path, image):
+    if image.format == "WEBP":
+        with open(path, "rb") as file:
+            return file.read(16)[12:] == b"VP8L"
+    return (image.format in LOSSLESS
+            and image.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp"))
+
+
+def contents(folder):
+    """What a folder holds, for a message; of one that does not exist, what its parent does."""
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    folders = sorted(shown(entry.name) + "/" for entry in entries if entry.is_dir())
+    suffixes = Counter(Path(entry.name).suffix for entry in entries if not entry.is_dir())
+    files = [f"{n} {shown(suffix or 'other')} files" for suffix, n in suffixes.most_common(5)]
+    more = ["..."] if len(folders) > 5 else []
+    return f"{shown(folder)} holds {', '.join([*folders[:5], *more, *files]) or 'nothing'}"
+
+
+def scan(folder, suffixes, end=""):
+    """Files of some suffixes, by what their names are before `end`, below a folder.
+
+    -> {stem: path}, sorted, where a stem has its sub-folders before it and a letter with an accent
+    is one character (a Mac writes two); messages on files of one stem. Hidden files are skipped.
+    """
+    found, problems = {}, []
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")
-                       and not entry.is_dir() and Path(entry.name).suffix.lower() in extensions)
+        names = [os.path.relpath(os.path.join(place, name), folder)
+                 for place, folders, files in os.walk(folder, onerror=_raise)
+                 for name in files]
     except OSError as error:
-        raise UserError(f"{shown(folder)}: {error.strerror}; every split needs this folder") from None
-    files, problems = {}, []
-    for name in names:
-        path = Path(folder, name)
-        if path.stem in files:
-            problems.append(f"{shown(path)}: has the same stem as {shown(files[path.stem].name)}; remove one of them")
-        files.setdefault(path.stem, path)
-    return files, problems
+        raise UserError(f"{shown(error.filename)}: {error.strerror}; every split needs this "
+                        f"folder; {contents(folder)}") from None
+    for name in sorted(names):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() not in suffixes or not stem.endswith(end) or "/." in "/" + name:
+            continue
+        stem, path = unicodedata.normalize("NFC", stem.removesuffix(end)), Path(folder, name)
+        if stem in found:
+            problems.append(f"{shown(path)}: has the same stem as {shown(found[stem].name)}; "
+                            "remove one of them")
+        found.setdefault(stem, path)
+    return found, problems
+
+
+def _raise(error):
+    raise error
+
+
+def fingerprint(root, paths, *texts):
+    """16 characters that depend on names below root, on sizes of files, and on texts."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise UserError(f"{shown(path)}: {error.strerror}; repair or remove it") from None
+        digest.update(os.fsencode(f"{os.path.relpath(path, root)}\n{size}\n"))
+    for text in texts:
+        digest.update(json.dumps(text).encode())
+    return digest.hexdigest()[:16]
 
 
 # ---- Training views for segmentation -------------------------------------------------------------
@@ -745,17 +821,41 @@ def _resized_part(image, corner, shape, step, unit, flip):
     return part.permute(0, 2, 3, 1)[0, :shape[0], :shape[1]]
 
 
-# ---- Segmentation data in folders ----------------------------------------------------------------------------------
+# ---- Segmentation data in folders ----------------------------------------------------------------
 
-LAYOUTS = {    # images, masks, {split: folder}
-    "ADE20K": ("images", "annotations", {"train": "training", "val": "validation"}),
-    "the original project's": ("image", "mask", {"train": "train", "val": "val"}),
-}
-NO_CLASS = re.compile("unlabel|background|void|ignore|none", re.IGNORECASE)
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-MASK_FILES = {".png", ".bmp", ".tif", ".tiff"}
+MASK_FILES = {".png", ".bmp", ".tif", ".tiff", ".webp"}
 
-# The colours in which ADE20K is always drawn (the palette of the MIT scene parsing benchmark), class by class.
+
+class Layout(NamedTuple):
+    """Where a data set has its files: {} is the split's folder, * what image and mask share."""
+    images: str
+    masks: str
+    splits: tuple = ("train", "val")    # names of the folders for training and validation
+    ids: dict | None = None             # {id in a mask: class}, if the usual rule does not hold
+
+
+# Classes of Cityscapes: id in the labelIds masks, colour, name.
+CITYSCAPES = [row.split(" ", 2) for row in (
+    "7 804080 road|8 f423e8 sidewalk|11 464646 building|12 66669c wall|13 be9999 fence|"
+    "17 999999 pole|19 faaa1e traffic light|20 dcdc00 traffic sign|21 6b8e23 vegetation|"
+    "22 98fb98 terrain|23 4682b4 sky|24 dc143c person|25 ff0000 rider|26 00008e car|"
+    "27 000046 truck|28 003c64 bus|31 005064 train|32 0000e6 motorcycle|33 770b20 bicycle"
+).split("|")]
+
+LAYOUTS = {
+    "ADE20K": Layout("images/{}/*", "annotations/{}/*", ("training", "validation")),
+    "the original project's": Layout("image/{}/*", "mask/{}/*"),
+    "a folder for each split": Layout("{}/images/*", "{}/masks/*"),
+    "Cityscapes with labelTrainIds": Layout(
+        "leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelTrainIds",
+        ids={k: k for k in range(19)}),
+    "Cityscapes": Layout(
+        "leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelIds",
+        ids={int(row[0]): k for k, row in enumerate(CITYSCAPES)}),
+}
+
+# The colours in which ADE20K is always drawn (the MIT scene parsing benchmark), class by class.
 ADE20K_COLORS = np.frombuffer(bytes.fromhex(
     "787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04ff3307"
     "cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffffe0ff086608ff"
@@ -769,97 +869,75 @@ ADE20K_COLORS = np.frombuffer(bytes.fromhex(
 
 
 class FolderSegmentation(EpochDataset):
-    """A folder of images and of masks with the same stems, laid out like ADE20K or like the original project's data.
+    """A folder of images and of masks with the same stems, in one of the LAYOUTS.
 
-        images|annotations / training|validation + objectInfo150.txt       image|mask / train|val + id2label.json
-
-    split: "train" or "val". By default id 0 of a mask is "unlabelled" and id k is class k-1; zero_is_class=True keeps the ids.
-    255 is ignored either way. The number of classes is that of the names' file, else that of the largest id in the masks.
-    Item without crop: (image uint8 (3, H, W), label uint8 (H, W), path of the image); with crop: `training_view`.
-    classes: their names, where another split has found them already.
-    A bad file raises UserError with its name; strict=False collects files without a partner in .problems instead.
+    split: "train" or "val". By default id 0 of a mask is "unlabelled" and id k is class k-1;
+    zero_is_class=True keeps the ids; 255 is ignored either way. A label_map.json {id: class} beside
+    the folders replaces this rule: all ids that it does not name are ignored. The classes are those
+    of id2label.json or objectInfo150.txt, else there are as many as the masks' largest id says.
+    Item without crop: (image uint8 (3, H, W), label uint8 (H, W), path of the image); with crop:
+    `training_view`, scale_base is its `base`. classes: names that another split has found already.
+    A bad file raises UserError with its name; strict=False collects files without a partner in
+    .problems instead.
     """
 
-    def __init__(self, root, split, crop=None, seed=0, zero_is_class=False, strict=True, classes=None,
-                 scale_base=None):
-        self.root, self.split, self.crop, self.seed, self.zero_is_class = Path(root), split, crop, seed, zero_is_class
+    def __init__(self, root, split, crop=None, seed=0, zero_is_class=False, strict=True,
+                 classes=None, scale_base=None):
+        self.root, self.split, self.crop, self.seed = Path(root), split, crop, seed
         self.scale_base = scale_base
-        images, masks = split_folders(self.root, split)
-        self.paths, self.problems = pair(images, masks)
+        self.layout = find_layout(self.root)
+        layout = LAYOUTS[self.layout]
+        self.paths, self.problems = pair(self.root, layout, split)
         if self.problems and strict:
-            more = f" (and {len(self.problems) - 1} more: python data.py PATH lists them)" if len(self.problems) > 1 else ""
+            more = ""
+            if len(self.problems) > 1:
+                more = f" (and {len(self.problems) - 1} more: python data.py PATH lists them)"
             raise UserError(self.problems[0] + more)
-        if not self.paths:
-            raise UserError(f"{shown(images)}: no images with masks here (looked for {' '.join(sorted(IMAGE_FILES))})")
-        names = read_classes(self.root, zero_is_class)
-        self.named = names is not None      # else the classes are made up, one for each id
-        self.classes = classes or names or found_classes(self.root, zero_is_class)
-        if len(self.classes) > IGNORED:
-            raise UserError(f"{shown(root)}: {len(self.classes)} classes; at most {IGNORED} are possible, 255 is ignored")
-        self.colors = self._colors()
+        other = []
+        with suppress(UserError):      # a split that is not there, or is not asked for
+            other, _ = pair(self.root, layout, "val" if split == "train" else "train")
+        self.all_paths = self.paths + other
+        self._set_rule(layout, zero_is_class)
+        self._set_classes(layout, zero_is_class, classes)
+
+    def _set_rule(self, layout, zero_is_class):
+        path = self.root / "label_map.json"
+        self.ids, source = layout.ids, self.layout
+        if path.exists():
+            self.ids, source = read_label_map(path), "label_map.json"
+        if self.ids:
+            self.rule = f"{source} says which class an id of a mask is, all other ids are ignored"
+            self.table = np.full(2 ** 16 + 1, IGNORED, np.uint8)
+            self.table[list(self.ids)] = list(self.ids.values())
+            if zero_is_class:
+                raise UserError(f"--zero-is-class: in {shown(self.root)} {self.rule}; leave the "
+                                "flag out")
+        elif zero_is_class:
+            self.rule = "id k of a mask is class k, 255 is ignored"
+        else:
+            self.rule = "id k of a mask is class k-1, 0 and 255 are ignored"
+            self.first_id = 1
+
+    def _set_classes(self, layout, zero_is_class, classes):
+        known = layout.ids is not None and self.ids is layout.ids
+        classes = classes or read_classes(self.root, zero_is_class)
+        if known and not classes:
+            classes = [name for _, _, name in CITYSCAPES]
+        if not classes:
+            last = max(self.ids.values()) if self.ids else self._largest_id() - self.first_id
+            classes = [f"class {k}" for k in range(max(last, 0) + 1)]
+        self.classes = classes
+        if len(classes) > IGNORED:
+            raise UserError(f"{shown(self.root)}: {len(classes)} classes; at most {IGNORED} are "
+                            "possible, 255 is ignored")
+        if self.ids and max(self.ids.values()) >= len(classes):
+            raise UserError(f"{shown(self.root)}: class {max(self.ids.values())} in the label map "
+                            f"is beyond the {len(classes)} classes, from 0 on; correct one of them")
+        self.colors = self._colors(known)
 
     @property
     def num_classes(self):
         return len(self.classes)
-
-    @property
-    def first_id(self):
-        return 0 if self.zero_is_class else 1
-
-    def fingerprint(self):
-        folders = [split_folders(self.root, split) for split in ("train", "val")]
-        pairs = sum([pair(*both)[0] for both in folders if both[0].is_dir()], [])
-        names = [path for path in names_files(self.root) if path.is_file()]
-        whole = names + [mask for _, mask in some(pairs, 100)]
-        return fingerprint(self.root, itertools.chain(*pairs), whole)
-
-    def counts(self, paths):
-        """Pixels of each label, 0..255, in the masks of [(image, mask), ...]. -> (256,) int64"""
-        def count(path):
-            return np.bincount(self.labels(path[1]).ravel(), minlength=256)
-
-        with ThreadPoolExecutor() as pool:
-            return sum(pool.map(count, paths))
-
-    def check(self, limit=100):
-        paths = some(self.paths, limit)
-        counts = self.counts(paths)
-        if np.count_nonzero(counts[:IGNORED]) < 2 and len(paths) < len(self.paths):
-            paths = self.paths      # a rare class may be in none of some
-            counts = self.counts(paths)
-        return self.judge(counts, len(paths))
-
-    def judge(self, counts, masks):
-        """What `counts` of the labels in so many masks mean: UserError, or notes of a line each."""
-        used = np.flatnonzero(counts[:IGNORED])
-        where = f"{shown(self.root)}, {self.split}"
-        if len(used) < 2:
-            ids = np.concatenate([np.unique(read_mask(mask)) for _, mask in some(self.paths, 100)])
-            ids = np.unique(ids).tolist()
-            what = f"only {self.classes[used[0]]!a} is" if len(used) else "nothing is"
-            remedy = "correct the masks"
-            if 0 in ids and self.first_id == 1 and len(used):
-                remedy = "--zero-is-class makes 0 a class"
-            if ids == [0, IGNORED]:
-                remedy = "255 is ignored: write 1 in its place, and use --zero-is-class"
-            raise UserError(f"{where}: {what} labelled in {masks} masks, whose ids are "
-                            f"{listed(ids)}; {remedy}")
-        notes = []
-        ids = used + self.first_id
-        unused = [shown(name) for k, name in enumerate(self.classes) if k not in used]
-        if unused and not self.named and ids[-1] - ids[0] >= len(ids):
-            notes.append(f"the ids in {masks} masks skip numbers: {listed(ids)}")
-        elif unused:
-            notes.append(f"{len(unused)} of {self.num_classes} classes are in none of {masks} masks: "
-                         + listed(unused))
-        if self.first_id and self.num_classes - 1 not in used and NO_CLASS.match(self.classes[0]):
-            notes.append(f"the last class is never used and the first is called {self.classes[0]!a}: "
-                         "are the names shifted by one? Id 0 is ignored and id 1 is the first name; "
-                         "leave it out of the names' file, or use --zero-is-class")
-        ignored = counts[IGNORED] / counts.sum()
-        if ignored > 0.5:
-            notes.append(f"{100 * ignored:.0f} % of the pixels in {masks} masks are ignored")
-        return [f"{where}: {note}" for note in notes]
 
     def __len__(self):
         return len(self.paths)
@@ -871,8 +949,8 @@ class FolderSegmentation(EpochDataset):
         with opened(path) as image:
             if image.size != labels.shape[::-1]:
                 (w, h), (mask_h, mask_w) = image.size, labels.shape
-                raise UserError(f"{shown(mask_path)}: the mask is {mask_w}x{mask_h}, its image {shown(path)} is {w}x{h}; "
-                                "they must be equal")
+                raise UserError(f"{shown(mask_path)}: the mask is {mask_w}x{mask_h}, its image "
+                                f"{shown(path)} is {w}x{h}; they must be equal")
             if self.crop:
                 rng = self.rng(epoch, view, index)
                 return training_view(image, labels, self.crop, rng, base=self.scale_base)
@@ -882,83 +960,260 @@ class FolderSegmentation(EpochDataset):
     def labels(self, path):
         """A mask file as labels: (H, W) uint8, 0..K-1 and 255."""
         mask = read_mask(path)
+        if self.ids:
+            if mask.dtype != np.uint8:
+                mask = mask.clip(-1, 2 ** 16)    # both are the table's last place: ignored
+            return self.table[mask]
         first = self.first_id
         limit = self.num_classes + first
-        if mask.max() >= limit and (bad := (mask >= limit) & (mask != IGNORED)).any():
-            raise UserError(f"{shown(path)}: label id {mask[bad][0]} is beyond the {self.num_classes} classes (ids {first}.."
-                            f"{self.num_classes + first - 1}, 255 ignored); correct the mask or the class names")
+        if mask.max() >= limit or mask.min() < 0:
+            bad = ((mask >= limit) | (mask < 0)) & (mask != IGNORED)
+            if bad.any():
+                raise UserError(f"{shown(path)}: label id {mask[bad][0]} is beyond the "
+                                f"{self.num_classes} classes (ids {first}..{limit - 1}, 255 ignored"
+                                "); correct the mask or the class names, or add a label_map.json")
         mask = mask.astype(np.uint8, copy=False)
-        if not self.zero_is_class:
-            mask -= (mask != IGNORED).view(np.uint8)    # k -> k-1; 0 wraps around to 255, and 255 stays
+        if first:
+            mask -= (mask != IGNORED).view(np.uint8)    # 0 wraps around to 255, and 255 stays
         return mask
 
-    def _colors(self):
-        if self.num_classes == 150 and self.classes[0] == "wall" and self.classes[-1] == "flag":
-            return ADE20K_COLORS.copy()
-        palette = None
-        with suppress(UserError), opened(self.paths[0][1], any_depth=True) as mask:    # named when it is read for its pixels
-            palette = mask.getpalette() if mask.mode == "P" else None
-        if palette:
-            colors = np.array(palette, np.uint8).reshape(-1, 3)[0 if self.zero_is_class else 1:][:self.num_classes]
-            if len(np.unique(colors, axis=0)) == self.num_classes:
-                return colors
-        return distinct_colors(self.num_classes)
-
-
-def split_folders(root, split):
-    """(folder of images, folder of masks) of a split, in whichever layout root has."""
-    if not root.is_dir():
-        raise UserError(f"{shown(root)}: no such folder")
-    for images, masks, splits in LAYOUTS.values():
-        if (root / images).is_dir():
-            return root / images / splits[split], root / masks / splits[split]
-    raise UserError(f"{shown(root)}: neither images/ with annotations/ (ADE20K) nor image/ with mask/ is in this folder")
-
-
-def pair(images, masks):
-    """Pair two folders by stem, sorted. -> [(image, mask)], [one line for each file without a partner]."""
-    (images_of, problems), (masks_of, more) = scan(images, IMAGE_FILES), scan(masks, MASK_FILES)
-    problems += more
-    problems += [f"{shown(path)}: no mask {shown(masks / (stem + '.png'))}; add it or remove the image"
-                 for stem, path in images_of.items() if stem not in masks_of]
-    problems += [f"{shown(path)}: no image {shown(images / stem)}.*; add it or remove the mask"
-                 for stem, path in masks_of.items() if stem not in images_of]
-    return [(path, masks_of[stem]) for stem, path in images_of.items() if stem in masks_of], problems
-
-
-def names_files(root):
-    return root / "id2label.json", root / "objectInfo150.txt"
-
-
-def read_classes(root, zero_is_class):
-    """Class names from id2label.json ({"0": "wall", ...}: ids after the label rule) or objectInfo150.txt; None without either."""
-    labels, info = names_files(root)
-    try:
-        if labels.is_file():
-            names = {int(k): str(v) for k, v in json.loads(labels.read_text("utf-8")).items()}
-            if sorted(names) != list(range(len(names))) or not names:
-                raise UserError(f"{shown(labels)}: the ids must be 0, 1, 2, ... without a gap")
-            return [names[k] for k in range(len(names))]
-        if info.is_file():    # Idx  Ratio  Train  Val  [Stuff]  Name
-            names = [line.split("\t")[-1].strip() for line in info.read_text("utf-8").splitlines()[1:] if line.strip()]
-            return ["other"] * zero_is_class + names
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{shown(labels if labels.is_file() else info)}: cannot be read ({ascii(str(error))[1:-1]})") from None
-
-
-def found_classes(root, zero_is_class):
-    """Names "class 0", ... up to the largest id in the masks of all splits (both splits must agree on the number)."""
-    largest = -1
-    for split in ("train", "val"):
-        folder = split_folders(root, split)[1]
-        paths = scan(folder, MASK_FILES)[0].values() if folder.is_dir() else ()
-        for path in tqdm(paths, f"looking for class ids in {split}", leave=False, disable=None):
+    def _largest_id(self):
+        """Of the masks of both splits, which must agree on the number of classes."""
+        largest = -1
+        for _, path in progress(self.all_paths, "looking for class ids"):
             try:
                 mask = read_mask(path)
             except UserError:    # it is reported, with its name, when it is read for its pixels
                 continue
             largest = max(largest, int(mask.max(initial=0, where=mask != IGNORED)))
-    return [f"class {k}" for k in range(largest + 1 if zero_is_class else max(largest, 1))]
+            if largest > IGNORED or mask.min() < 0:
+                bad = mask[(mask < 0) | (mask > IGNORED)][0]
+                raise UserError(f"{shown(path)}: label id {bad}; ids are 0..254, 255 is ignored; "
+                                "correct the mask, or say in label_map.json what its ids mean")
+        return largest
+
+    def _colors(self, is_cityscapes):
+        if self.num_classes == 150 and self.classes[0] == "wall" and self.classes[-1] == "flag":
+            return ADE20K_COLORS.copy()
+        if is_cityscapes and self.num_classes == len(CITYSCAPES):
+            return np.array([list(bytes.fromhex(color)) for _, color, _ in CITYSCAPES], np.uint8)
+        palette = None
+        # A mask that cannot be opened is named when it is read for its pixels.
+        with suppress(UserError, IndexError), opened(self.paths[0][1], any_depth=True) as mask:
+            palette = mask.getpalette() if mask.mode == "P" else None
+        if palette and not self.ids:
+            colors = np.array(palette, np.uint8).reshape(-1, 3)[self.first_id:][:self.num_classes]
+            if len(np.unique(colors, axis=0)) == self.num_classes:
+                return colors
+        return distinct_colors(self.num_classes)
+
+    def fingerprint(self):
+        """Names and sizes of the files of both splits, wherever they lie, names and ids."""
+        paths = [path for both in self.all_paths for path in both]
+        return fingerprint(self.root, paths, self.classes, self.first_id, self.ids)
+
+    def count_pixels(self, paths=None):
+        """Pixels of each label, (256,), in some masks, this split's if not given."""
+        masks = paths or [mask for _, mask in self.paths]
+        counts = np.zeros(256, np.int64)
+        with ThreadPoolExecutor() as pool:
+            for labels in progress(pool.map(self.labels, masks), "masks", total=len(masks)):
+                counts += np.bincount(labels.ravel(), minlength=256)
+        return counts
+
+    def check(self, limit=100):
+        """Look at some masks of both splits, evenly spread. -> notes on what is odd, one line each.
+
+        A data set without a labelled pixel, or of one class, is a UserError: there is nothing to
+        be learned.
+        """
+        masks = [mask for _, mask in self.all_paths]
+        for looked_at in (some(masks, limit), masks):    # a rare class may be in none of some masks
+            counts = self.count_pixels(looked_at)
+            if np.count_nonzero(counts[:IGNORED]) > 1:
+                break
+        return self.judge(counts, f"in {len(looked_at)} masks, ")
+
+    def judge(self, counts, where=""):
+        """Of the number of pixels of each label, (256,): -> notes, or UserError; see `check`."""
+        seen = np.flatnonzero(counts[:self.num_classes])
+        if len(seen) < 2:
+            what = f"'{shown(self.classes[seen[0]])}' is the only class" if len(seen) else "no class"
+            raise UserError(f"{shown(self.root)}: {what} in the masks; {self._remedy()}")
+        notes, share = [], counts[IGNORED] / counts.sum()
+        if share > 0.5:
+            notes.append(f"{where}{100 * share:.0f} % of the pixels are ignored")
+        missing = [shown(name) for k, name in enumerate(self.classes) if k not in seen]
+        first, last = shown(self.classes[0]), shown(self.classes[-1])
+        if missing:
+            names = ", ".join(missing[:5])
+            notes.append(f"{where}{len(missing)} of {self.num_classes} classes do not occur: {names}")
+        if missing and self.classes[0] == "class 0":
+            notes.append("the ids in the masks skip; a label_map.json {id: class} makes them dense")
+        if self.first_id and seen[-1] < self.num_classes - 1 and UNNAMED.fullmatch(first):
+            notes.append(f"'{last}' does not occur, and the first class is '{first}': if it is id 0 "
+                         "of the masks, leave it out of the names, or pass --zero-is-class")
+        return notes
+
+    def _remedy(self):
+        """What to do about masks that show less than two classes."""
+        ids = set()
+        for _, path in some(self.all_paths, 100):
+            ids.update(np.unique(read_mask(path)).tolist())
+        found = f"their ids are {', '.join(map(str, sorted(ids)[:10]))}"
+        if self.ids:
+            return f"{found}; {self.rule}"
+        if ids <= {0, 255}:
+            return (f"{found}: 255 is ignored; write 1 instead of 255 and pass --zero-is-class, or "
+                    'add label_map.json {"0": 0, "255": 1}')
+        if self.first_id and 0 in ids:
+            return f"{found}: 0 is ignored, unless you pass --zero-is-class"
+        return f"{found}: at least two classes are needed"
+
+
+UNNAMED = re.compile("unlabell?ed|unknown|background|void|ignored?|other|none", re.IGNORECASE)
+
+
+def find_layout(root):
+    """The name of the layout whose files are in a folder, or else whose folders."""
+    if not root.is_dir():
+        raise UserError(f"{shown(root)}: no such folder")
+    for name, layout in LAYOUTS.items():
+        if all(_has_files(root, part, layout.splits) for part in (layout.images, layout.masks)):
+            return name
+    for name, layout in LAYOUTS.items():
+        if any((root / layout.images.format(s).split("/")[0]).is_dir() for s in layout.splits):
+            return name
+    known = "; ".join(f"{layout.images}, {layout.masks}" for layout in LAYOUTS.values())
+    raise UserError(f"{contents(root)}: none of the layouts {known} ({{}} is a split's folder, "
+                    "see README)")
+
+
+def _has_files(root, pattern, splits):
+    for split in splits:
+        folder, name = os.path.split(pattern.format(split))
+        if next((root / folder).rglob(name + ".*"), None):
+            return True
+    return False
+
+
+def pair(root, layout, split):
+    """-> [(image, mask)] by stem, sorted; messages on files without a partner or of one stem."""
+    name, found, problems = layout.splits[split == "val"], [], []
+    for pattern, suffixes in ((layout.images, IMAGE_FILES), (layout.masks, MASK_FILES)):
+        folder, file = os.path.split(root / pattern.format(name))
+        files, same = scan(Path(folder), suffixes, file[1:])
+        if not files:
+            what = "images" if suffixes is IMAGE_FILES else "masks (JPEG would change their ids)"
+            raise UserError(f"{shown(folder)}: no {what} named {file}.* with a suffix of "
+                            f"{' '.join(sorted(suffixes))}; {contents(Path(folder))}")
+        found.append((files, folder, file[1:]))
+        problems += same
+    (images, image_folder, image_end), (masks, mask_folder, mask_end) = found
+    added = common_end(images, masks)
+    masks = {stem.removesuffix(added): path for stem, path in masks.items()}
+    for stem, path in images.items():
+        if stem not in masks:
+            partner = shown(f"{mask_folder}/{stem}{added}{mask_end}.png")
+            problems.append(f"{shown(path)}: no mask {partner}; add it or remove the image")
+    for stem, path in masks.items():
+        if stem not in images:
+            partner = shown(f"{image_folder}/{stem}{image_end}.*")
+            problems.append(f"{shown(path)}: no image {partner}; add it or remove the mask")
+    return [(images[stem], masks[stem]) for stem in images if stem in masks], problems
+
+
+def common_end(images, masks):
+    """What the masks' stems have after their images', as in IMG_1_mask.png beside IMG_1.jpg."""
+    if any(stem in masks for stem in images):
+        return ""
+    first = next(iter(masks))
+    ends = [first[len(stem):] for stem in images if first.startswith(stem)]
+
+    def fits(end):
+        return sum(stem.endswith(end) and stem.removesuffix(end) in images for stem in masks)
+
+    return max(ends, key=fits, default="")
+
+
+def read_classes(root, zero_is_class):
+    """Class names of id2label.json or else of ADE20K's objectInfo150.txt; None without either.
+
+    id2label.json: {"0": "wall", ...}, ["wall", ...], {"wall": 0, ...} or a whole config.json of the
+    Hugging Face hub, with the ids after the label rule.
+    """
+    path, info = root / "id2label.json", root / "objectInfo150.txt"
+    if not path.exists():
+        if not info.is_file():
+            return None
+        lines = read_text(info, str.splitlines)[1:]    # Idx  Ratio  Train  Val  [Stuff]  Name
+        names = [line.split("\t")[-1] for line in lines if line.strip()]
+        return _checked(info, ["other"] * zero_is_class + names)
+    table = read_json(path)
+    if isinstance(table, dict):
+        table = table.get("id2label", table)
+    if isinstance(table, list):
+        table = dict(enumerate(table))
+    names = {}
+    with suppress(ValueError, TypeError, AttributeError):
+        for key, value in table.items():
+            if type(value) is int:
+                key, value = value, key
+            if names.setdefault(int(key), value) is not value:
+                raise ValueError
+    if not names or sorted(names) != list(range(len(table))):
+        raise UserError(f'{shown(path)}: must be {{"0": "name", "1": "name", ...}}, with each id '
+                        "from 0 on once, without a gap")
+    return _checked(path, [names[k] for k in range(len(names))])
+
+
+def _checked(path, names):
+    for k, name in enumerate(names):
+        if not (isinstance(name, str) and len(name.splitlines()) == 1 and name.strip()
+                and len(name) <= 200):
+            raise UserError(f"{shown(path)}: the name of class {k} is {shown(repr(name)[:60])}; a "
+                            "name is one line of text, not empty, of 200 characters at most")
+    return [name.strip() for name in names]
+
+
+def read_label_map(path):
+    """label_map.json: {"7": 0, "8": 1, ...}, id in the masks -> class. -> {int: int}"""
+    ids = {}
+    with suppress(ValueError, TypeError, AttributeError):
+        ids = {int(key): value for key, value in read_json(path).items()}
+    if not ids or not all(type(k) is int and 0 <= k < IGNORED and 0 <= i < 2 ** 16
+                          for i, k in ids.items()):
+        raise UserError(f'{shown(path)}: must be {{"7": 0, "8": 1, ...}}: id in the masks (up to '
+                        "65535), class (up to 254); ids that it does not name are ignored")
+    return ids
+
+
+def class_weights(dataset, source):
+    """Weights of the classes for the loss, float32 (K,).
+
+    source: "balanced" for the inverse square root of a class's share of the labelled pixels of a
+    training set, scaled to a mean of 1 over these pixels, a class that does not occur as the rarest
+    one; or a JSON file {class: weight}, where classes that it does not name have the weight 1.
+    """
+    if source == "balanced":
+        counts = dataset.count_pixels()[:dataset.num_classes]
+        weights = np.maximum(counts, counts[counts > 0].min()) ** -0.5
+        return torch.tensor(weights * counts.sum() / (weights * counts).sum()).float()
+    path, table = Path(source), read_json(Path(source))
+    if not isinstance(table, dict):
+        raise UserError(f'--class-weights {shown(path)}: must be {{"class": weight, ...}}')
+    weights = torch.ones(dataset.num_classes)
+    for name, weight in table.items():
+        if name not in dataset.classes:
+            raise UserError(f"--class-weights {shown(path)}: there is no class {shown(name)[:60]}; "
+                            f"the first is {shown(dataset.classes[0])}")
+        if type(weight) not in (int, float) or not 0 <= weight < 1e6:
+            raise UserError(f"--class-weights {shown(path)}: the weight of {shown(name)} must be a "
+                            "number from 0 on, below a million")
+        weights[dataset.classes.index(name)] = weight
+    if not weights.any():
+        raise UserError(f"--class-weights {shown(path)}: all weights are 0")
+    return weights
 
 
 # ---- The embedded segmentation data --------------------------------------------------------------
@@ -998,6 +1253,9 @@ class Shapes(EpochDataset):
             return training_view(Image.fromarray(image.numpy()), labels.numpy(), self.crop,
                                  self.rng(epoch, view, index), scale=(0.8, 1.25))
         return image.permute(2, 0, 1), labels, f"shapes/{self.split}/{index:05d}"
+
+    def count_pixels(self):
+        return np.bincount(self.labels.numpy().ravel(), minlength=256)
 
 
 def draw_shapes(split, index, size):
@@ -1147,14 +1405,15 @@ class TinyImageNet(EpochDataset):
             steps.append(v2.RandomErasing(erase, scale=(0.02, 1 / 3), value="random"))
         self.transform = v2.Compose(steps)
 
+    def __len__(self):
+        return len(self.paths)
+
     def fingerprint(self):
+        """Names and sizes of the files of both splits, wherever they lie."""
         splits = (class_folders(self.root / "train"),
                   validation_files(self.root / "val", self.classes))
         lists = [files for split in splits for files in split.values()]
-        return fingerprint(self.root, itertools.chain(*lists), [])
-
-    def __len__(self):
-        return len(self.paths)
+        return fingerprint(self.root, itertools.chain(*lists))
 
     def __getitem__(self, key):
         epoch, view, index = self.key(key)
@@ -1455,34 +1714,50 @@ def survey(title, count, measure):
     return good, [result for result in results if isinstance(result, str)]
 
 
-def check_segmentation(datasets, out):
-    """Read every image and mask, print what they hold, draw some. datasets: {split: dataset}. -> messages on bad files."""
-    problems, rows = [], []
+def some(items, count):
+    """At most count of the items, evenly spread."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
+
+
+def check_segmentation(datasets):
+    """Read every image and mask and print what they hold. datasets: {split: dataset}.
+
+    -> messages on bad files, notes on odd labels, arguments of contact_sheet
+    """
+    problems, rows, total = [], [], 0
     for split, dataset in datasets.items():
         def measure(index):
             image, labels, _ = dataset[index]
-            return image.shape[2], image.shape[1], index, np.bincount(labels.flatten(), minlength=256)
+            counts = np.bincount(labels.flatten(), minlength=256)
+            return image.shape[2], image.shape[1], index, counts
+
         good, bad = survey(split, len(dataset), measure)
         problems += dataset.problems + bad
         if not good:
             continue
         counts = np.stack([result[3] for result in good])
-        print("   id  pixels %  images  class")
+        total = total + counts.sum(0)
+        print("  id in masks  class  pixels %  images")
         for k, name in [*enumerate(dataset.classes), (IGNORED, "(ignored)")]:
-            print(f"  {k:3} {100 * counts[:, k].sum() / counts.sum():9.3f} {(counts[:, k] > 0).sum():7}  {shown(name)}")
+            share, images = 100 * counts[:, k].sum() / counts.sum(), (counts[:, k] > 0).sum()
+            ids, label = ("", "") if k == IGNORED else (dataset.stored_ids(k), k)
+            print(f"  {ids:>11} {label:>6} {share:9.3f} {images:7}  {shown(name)}")
         cells = []
         for _, _, index, _ in some(good, 6):
             image, labels, _ = dataset[index]
             cells.append([fitted(image.permute(1, 2, 0)), fitted(labels)])
         rows += [sum(cells[i:i + 2], []) for i in range(0, len(cells), 2)]
+    notes = []
     if rows:
-        titles = ["image", "labels"] * (max(len(row) for row in rows) // 2)
-        with writing("--out", out):
-            contact_sheet(rows, out, [titles], dataset.classes, dataset.colors)
-    return problems
+        try:
+            notes = dataset.judge(total)
+        except UserError as error:
+            problems.append(str(error))
+    titles = [["image", "labels"] * (max(map(len, rows), default=0) // 2)]
+    return problems, notes, (rows, titles, dataset.classes, dataset.colors)
 
 
-def check_classification(root, out):
+def check_classification(root):
     """As check_segmentation, for a tree of class folders."""
     problems, rows, titles = [], [], []
     for split in [split for split in ("train", "val") if (root / split).is_dir()]:
@@ -1501,33 +1776,51 @@ def check_classification(root, out):
             row = shown_here[start:start + 8]
             rows.append([fitted(Image.open(path).convert("RGB"), 160) for path, _ in row])
             titles.append([dataset.classes[label] for _, label in row])
-    if rows:
-        with writing("--out", out):
-            contact_sheet(rows, out, titles, side=160)
-    return problems
+    return problems, [], (rows, titles, (), (), 160)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Check a data set: read every file, list the bad ones, draw a contact sheet.")
-    parser.add_argument("path", nargs="?", type=Path, help="the data set's folder; without it, the embedded shapes")
-    parser.add_argument("--zero-is-class", action="store_true", help="id 0 of a mask is a class, not 'unlabelled'")
-    parser.add_argument("--out", default="sheet.png", help="where the contact sheet goes (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Check a data set: read every file, list the bad ones, draw a contact sheet.")
+    add = parser.add_argument
+    add("path", nargs="?", type=Path, help="the data set's folder; without it, the embedded shapes")
+    add("--zero-is-class", action="store_true", help="id 0 of a mask is a class, not 'unlabelled'")
+    add("--out", default="sheet.png", help="where the contact sheet goes (default: %(default)s)")
     args = parser.parse_args(argv)
+    train = args.path and args.path / "train"
     if args.path is None:
-        problems = check_segmentation({split: Shapes(split) for split in ("train", "val")}, args.out)
-    elif (args.path / "train").is_dir():
-        problems = check_classification(args.path, args.out)
+        problems, notes, sheet = check_segmentation({s: Shapes(s) for s in ("train", "val")})
+    elif train.is_dir() and not (train / "images").is_dir():
+        if args.zero_is_class:
+            raise UserError(f"--zero-is-class: {shown(args.path)} has class folders, and no masks")
+        problems, notes, sheet = check_classification(args.path)
     else:
-        splits = [split for split in ("train", "val") if split_folders(args.path, split)[0].is_dir()]
-        if not splits:
-            raise UserError(f"{shown(split_folders(args.path, 'train')[0])}: no such folder, and none for validation either")
-        problems = check_segmentation({split: FolderSegmentation(args.path, split, zero_is_class=args.zero_is_class,
-                                                                 strict=False) for split in splits}, args.out)
+        problems, notes, sheet = check_segmentation(folder_splits(args.path, args.zero_is_class))
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
+    for note in notes:
+        print(f"note: {note}")
+    if sheet[0]:
+        with writing("--out", args.out):
+            contact_sheet(sheet[0], args.out, *sheet[1:])
     if problems:
-        raise UserError(f"{shown(args.path)}: {len(problems)} bad files, listed above")
+        raise UserError(f"{shown(args.path)}: {len(problems)} bad files or faults, listed above")
     print(f"every file is good; some of them are drawn in {args.out}")
+
+
+def folder_splits(root, zero_is_class):
+    """{split: dataset} of the splits that a folder has; prints its layout and its label rule."""
+    layout, datasets, classes = LAYOUTS[find_layout(root)], {}, None
+    for split, name in zip(("train", "val"), layout.splits):
+        if (root / layout.images.format(name)).parent.is_dir():
+            datasets[split] = FolderSegmentation(root, split, zero_is_class=zero_is_class,
+                                                 strict=False, classes=classes)
+            classes = datasets[split].classes
+    if not datasets:
+        FolderSegmentation(root, "train")    # says what is there instead
+    dataset = next(iter(datasets.values()))
+    print(f"layout: {dataset.layout} ({layout.images}, {layout.masks}); {dataset.rule}")
+    return datasets
 
 
 if __name__ == "__main__":

@@ -1964,7 +1964,7 @@ def test_files_without_a_partner(tmp_path):
         path.unlink()
     refused(lambda: data.FolderSegmentation(tmp_path, "val", strict=False), "images/validation", "no images")
     refused(lambda: data.FolderSegmentation(tmp_path / "nowhere", "val"), "nowhere", "no such folder")
-    refused(lambda: data.FolderSegmentation(tmp_path / "images", "val"), "neither")
+    refused(lambda: data.FolderSegmentation(tmp_path / "images", "val"), "holds training/", "none of the layouts")
 
 
 def test_odd_names_are_paired_by_stem(tmp_path):
@@ -2600,7 +2600,7 @@ def test_data_command(tmp_path, capsys):
     for name in ("images/training/0.jpg", "images/training/1.jpg", "annotations/validation/2.png",
                  "annotations/validation/3.png"):
         assert sum(f"error: {tmp_path}/bad/{name}" in line for line in err.splitlines()) == 1, err
-    assert "4 bad files" in err and "images/training/2.jpg" not in err
+    assert "4 bad files or faults" in err and "images/training/2.jpg" not in err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
