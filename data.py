@@ -110,12 +110,11 @@ def _places():
         return usual.values()
     try:
         places = [int(os.environ.get(key, value)) for key, value in usual.items()]
-        if 0 <= places[0] < places[1] and 0 <= places[2] < places[3]:
-            return places
-    except ValueError:
-        pass
-    raise UserError(f"{', '.join(usual)}: torchrun would not set these variables to what they are; "
-                    "unset them, or start with torchrun")
+        range(places[1])[places[0]]
+    except (ValueError, IndexError):
+        raise UserError(f"{', '.join(usual)}: torchrun would not set these variables to what they "
+                        "are; unset them, or start with torchrun") from None
+    return places
 
 
 def _join(rank, world, device, timeout):
@@ -372,8 +371,10 @@ def _explained(error):
         return f"error: {shown(error.filename)}: {reason}" if error.filename else f"error: {reason}"
     if not (dist.is_initialized() and isinstance(error, RuntimeError)):
         return None
-    process, silent = f"process {dist.get_rank()}", _silent()
-    if re.search("Timed out|timeout", text):
+    process = f"process {dist.get_rank()}"
+    timed_out = re.search("Timed out|timeout", text)
+    silent = _silent(pause=2 if timed_out else 0)
+    if timed_out:
         return f"error: {process} waited too long for another one{silent}"
     if "NCCL" in text:
         return f"error: {process}: {text.splitlines()[-1]}; NCCL_DEBUG=INFO tells more"
@@ -382,13 +383,13 @@ def _explained(error):
     return None
 
 
-def _silent():
+def _silent(pause):
     """Each process that hears of a failure leaves a note: those that leave none are silent."""
     keys = [f"heard {rank}" for rank in range(dist.get_world_size())]
     with suppress(RuntimeError):       # the store may have gone as well
         _store.set_timeout(timedelta(seconds=10))
         _store.set(keys[dist.get_rank()], "")
-        time.sleep(2)
+        time.sleep(pause)
         return f": process {_missing(keys)} is silent" if _missing(keys) else ""
     return ""
 
