@@ -44,9 +44,7 @@ SLOTS = {"embed": EMBED, "attn": ATTENTION, "ffn": FFN, "norm": NORM, "skip": SK
 CLASSES = {"seg": 150, "cls": 1000}
 
 
-# --------------------------------------------------------------------------------------------------
-# Tables
-# --------------------------------------------------------------------------------------------------
+# ---- Tables --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Size:
@@ -234,9 +232,7 @@ STAGE_NORM = {
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# The skeleton
-# --------------------------------------------------------------------------------------------------
+# ---- The skeleton --------------------------------------------------------------------------------
 
 class Stage(nn.Module):
     """embed -> blocks -> norm. Returns (what the next stage receives, what the head receives).
@@ -332,20 +328,13 @@ def build_stage(spec, i, task, rates, reads):
                   for j, rate in enumerate(rates)]
     else:
         width, blocks = next_vit_blocks(attn, dim, reduction, rates, size.groups[i])
-    if i == 0:
-        embed = embed(3, width, 4, norm)
-    else:
-        embed = embed(size.dims[i - 1], width, 2, norm)
-
+    embed = embed(size.dims[i - 1] if i else 3, width, 2 if i else 4, norm)
     kind, tasks, in_trunk = STAGE_NORM[size.stage_norm]
-    if kind is None:
-        wanted = False
-    elif tasks == "seg" and task == "cls":
+    wanted = in_trunk or reads
+    if tasks == "seg" and task == "cls":
         wanted = i == 3
-    else:
-        wanted = in_trunk or reads
     stage_norm = nn.Identity()
-    if wanted:
+    if kind and wanted:
         stage_norm = layer_norm(dim) if kind is NORM["ln"] else kind(dim)
     return Stage(embed, nn.Sequential(*blocks), stage_norm, in_trunk)
 
@@ -417,11 +406,9 @@ def make_spec(name, **slots):
             if word not in SLOTS[slot]:
                 raise UserError(f"--{slot} {word!r} is not known; choose from: "
                                 f"{', '.join(SLOTS[slot])}")
-        if slot == "head" and len(words) != 1:
-            raise UserError(f"--head {','.join(words)}: give one word")
-        if len(words) not in (1, 4):
-            raise UserError(f"--{slot} {','.join(words)}: give one word, or four, one for each "
-                            "stage")
+        if len(words) not in ((1,) if slot == "head" else (1, 4)):
+            four = "" if slot == "head" else ", or four, one for each stage"
+            raise UserError(f"--{slot} {','.join(words)}: give one word{four}")
         chosen[slot] = words[0] if len(set(words)) == 1 else words
     row = MODELS[name]
     for slot in ("ffn", "norm", "skip"):
@@ -459,8 +446,7 @@ def init_encoder(encoder, linear, conv):
     that is 100 standard deviations: never."""
     for m in encoder.modules():
         if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            is_linear = isinstance(m, (layers.Pointwise, nn.Linear, nn.Conv1d))
-            std = linear if is_linear else conv
+            std = linear if isinstance(m, (layers.Pointwise, nn.Linear, nn.Conv1d)) else conv
             if std is not None and not m.weight.is_meta:        # slow there, and for nothing
                 nn.init.normal_(m.weight, std=std(m))
                 if m.bias is not None:
@@ -484,9 +470,7 @@ INIT = {    # (linear layers, other convolutions)
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# Parameter groups, fusing, the command line, the catalogue
-# --------------------------------------------------------------------------------------------------
+# ---- Parameter groups, fusing, the command line, the catalogue -----------------------------------
 
 def parameter_groups(model, lr, weight_decay, head_lr_factor=10.0):
     """Groups for AdamW, each with its "lr_factor" for schedules.
@@ -499,13 +483,11 @@ def parameter_groups(model, lr, weight_decay, head_lr_factor=10.0):
         part = "head" if name.startswith("head.") else "encoder"
         decays = p.ndim > 1 and not name.endswith(("bias", "bias_table"))
         groups.setdefault((part, decays), []).append(p)
-    out = []
-    for (part, decays), params in groups.items():
-        factor = head_lr_factor if part == "head" else 1.0
-        out.append({"name": f"{part}, {'decayed' if decays else 'not decayed'}", "params": params,
-                    "lr_factor": factor, "lr": lr * factor,
-                    "weight_decay": weight_decay if decays else 0.0})
-    return out
+    factors = {"head": head_lr_factor, "encoder": 1.0}
+    return [{"name": f"{part}, {'decayed' if decays else 'not decayed'}", "params": params,
+             "lr_factor": factors[part], "lr": lr * factors[part],
+             "weight_decay": weight_decay if decays else 0.0}
+            for (part, decays), params in groups.items()]
 
 
 def fuse(model):
@@ -564,11 +546,8 @@ def add_model_arguments(parser, default="segformer_b2"):
     parser.add_argument("--model", default=default,
                         help=f"a row of `python models.py` (default {default})")
     for slot, words in SLOTS.items():
-        per_stage = "; four words, comma-separated, for the four stages"
-        if slot == "head":
-            per_stage = ""
-        parser.add_argument(f"--{slot}", help=f"{' | '.join(words)}{per_stage} "
-                                              "(default: the model's own)")
+        four = "" if slot == "head" else "; four words, comma-separated, for the four stages"
+        parser.add_argument(f"--{slot}", help=f"{' | '.join(words)}{four} (default: the model's)")
 
 
 def slots_from(args):
@@ -580,23 +559,17 @@ def print_catalogue():
     """The rows of MODELS with their words and parameters; the words of each slot with sources."""
     print(f"{'model':<18}{'seg M':>9}{'cls M':>9}  words")
     for name, spec in MODELS.items():
-        counts = []
-        for task in CLASSES:
-            with torch.device("meta"):
-                model = build(name, task)
-            counts.append(sum(p.numel() for p in model.parameters()) / 1e6)
+        with torch.device("meta"):
+            seg, cls = (sum(p.numel() for p in build(name, task).parameters()) for task in CLASSES)
         stages = {slot: tuple(dict.fromkeys(spec.words(slot))) for slot in SLOTS}
-        print(f"{name:<18}{counts[0]:9.3f}{counts[1]:9.3f}  "
-              + " ".join(spelt(stages, "{}={}", "+")))
+        print(f"{name:<18}{seg / 1e6:9.3f}{cls / 1e6:9.3f}", "", *spelt(stages, "{}={}", "+"))
     for slot, words in SLOTS.items():
         print(f"\n--{slot}")
         for word, block in words.items():
             print(f"  {word:<14}{(block.__doc__ or '').strip().partition(chr(10))[0]}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Files: plain tensors and primitives, read without running code, written atomically
-# --------------------------------------------------------------------------------------------------
+# ---- Files: plain tensors and primitives, read without running code, written atomically ----------
 
 def save_checkpoint(path, checkpoint):
     """Write a dict of tensors and primitives, atomically."""
@@ -666,22 +639,19 @@ def read_checkpoint(path):
     except UserError:
         raise
     except Exception as error:      # torch.load reports a broken file by nearly any exception
-        no_pickle = "Unsupported operand" in str(error)
-        if "weights_only" not in str(error) or no_pickle:
+        if "weights_only" not in str(error) or "Unsupported operand" in str(error):
             raise UserError(f"{path}: not a readable checkpoint (truncated, damaged or another "
                             "format)")
         kind = re.search(r"GLOBAL (\S+)", str(error))
-        raise UserError(f"{path}: asks for {kind[1] if kind else 'Python code'}, and only tensors, "
-                        "numbers and texts are read, as others could run code; refused. If you "
-                        "trust its source, save its state_dict() alone")
+        raise UserError(f"{path}: asks for {kind[1] if kind else 'Python code'}, which could run "
+                        "anything; refused. If you trust it, save its state_dict() alone")
     for tensor in tensors_in(checkpoint):
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.is_nested or tensor.is_quantized:
-            raise UserError(f"{path}: a tensor that is sparse, quantised or without numbers; "
-                            "refused")
+            raise UserError(f"{path}: a tensor that is sparse, quantised or without numbers")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise UserError(f"{path}: a tensor of shape {tuple(tensor.shape)} claims more elements "
-                            "than the file holds; refused")
+                            "than the file holds")
     return checkpoint
 
 
@@ -691,8 +661,7 @@ def check_archive(path):
         entries = archive.infolist()
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         if packed or sum(entry.file_size for entry in entries) > os.path.getsize(path):
-            raise UserError(f"{path}: not a checkpoint as torch.save writes it (compressed or "
-                            "overlapping parts); refused")
+            raise UserError(f"{path}: compressed or overlapping parts, as torch.save writes none")
         if (bad := archive.testzip()) is not None:
             raise UserError(f"{path}: damaged (check sum of {bad}); copy or download it again")
 
@@ -721,8 +690,7 @@ SAFETENSORS = {
 
 
 def write_safetensors(path, state):
-    """The format of read_safetensors; large elements first, so each lies at a multiple of its
-    size."""
+    """As read_safetensors has it; large elements first: each lies at a multiple of its size."""
     state = dict(sorted(state.items(), key=lambda entry: -entry[1].element_size()))
     words = {dtype: word for word, dtype in SAFETENSORS.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -737,10 +705,8 @@ def write_safetensors(path, state):
 
 
 def read_safetensors(path):
-    """Read a .safetensors file -> {name: tensor}, mapped from the disk: 8 bytes length, a JSON
-    header, the raw tensors.
-
-    Every number in the header is checked against the file before it is used. Errors: UserError.
+    """Read a .safetensors file (8 bytes length, a JSON header, raw tensors) -> {name: tensor},
+    mapped from the disk. Each number of the header is checked against the file. Errors: UserError.
     """
     def refuse(reason):
         raise UserError(f"{path}: not a valid safetensors file ({reason})")
@@ -781,11 +747,10 @@ def read_safetensors(path):
             refuse(f"{name}: its bytes {first}:{last} overlap, leave a hole, or do not fit its "
                    f"shape {shape} or the file")
         end = last
+        tensors[name] = torch.empty(shape, dtype=dtype)
         if size:
-            tensor = torch.frombuffer(raw, dtype=dtype, count=size, offset=start + first)
-            tensors[name] = tensor.view(shape)
-        else:
-            tensors[name] = torch.empty(shape, dtype=dtype)
+            tensors[name] = torch.frombuffer(raw, dtype=dtype, count=size,
+                                             offset=start + first).view(shape)
     if start + end != total:
         refuse(f"{total - start - end} bytes behind the last tensor")
     return tensors
@@ -799,9 +764,7 @@ def unique(pairs):
     return table
 
 
-# --------------------------------------------------------------------------------------------------
-# A run's folder: .lock, last.pt, best.pt, log.jsonl
-# --------------------------------------------------------------------------------------------------
+# ---- A run's folder: .lock, last.pt, best.pt, log.jsonl ------------------------------------------
 
 def lock_folder(output):
     """Make a run's folder and hold it alone: keep the open file, the lock ends with it.
@@ -840,8 +803,7 @@ def find_state(output, resume, settings):
     settings: {name: primitive}, what makes two runs the same; all that differ are named in one
     UserError. A state from elsewhere is copied here with its best.pt, and the log is made whole.
     """
-    path = output / "last.pt"
-    log = output / "log.jsonl"
+    path, log = output / "last.pt", output / "log.jsonl"
     if not path.exists():
         if log.exists() and log.stat().st_size:
             raise UserError(f"{output}: log.jsonl has the epochs of a run whose last.pt is gone; "
@@ -851,10 +813,9 @@ def find_state(output, resume, settings):
         path = pathlib.Path(resume)
         path = path / "last.pt" if path.is_dir() else path
     state = read_checkpoint(path)
-    kinds = {"model": dict, "optimizer": dict, "scaler": dict, "args": dict, "rows": list,
-             "best": dict}
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind)
-                                              for key, kind in kinds.items()):
+    kinds = dict(model=dict, optimizer=dict, scaler=dict, args=dict, rows=list, best=dict)
+    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind)
+                                          for key, kind in kinds.items()):
         raise UserError(f"{path}: not the last.pt of a run, and only that can be continued; "
                         "--pretrain takes weights")
     theirs = state["args"]
@@ -889,9 +850,7 @@ def tolerated(path):
         print(f"note: {path} is not written ({str(error).strip().partition(chr(10))[0]})")
 
 
-# --------------------------------------------------------------------------------------------------
-# What both training scripts do in the same way
-# --------------------------------------------------------------------------------------------------
+# ---- What both training scripts do in the same way -----------------------------------------------
 
 # The same run may go on with other values of these, as long as the effective batch stays.
 MAY_CHANGE = {"output_dir", "resume", "device", "workers", "compile", "checkpointing", "batch_size",
@@ -989,7 +948,7 @@ def warmup_steps(warmup, steps, steps_per_epoch):
 
 
 def run_settings(args, model, **more):
-    """What makes two runs the same: every flag but those of MAY_CHANGE, and the data behind them."""
+    """What makes two runs the same: every flag but MAY_CHANGE, and the data behind them."""
     settings = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
     settings["pretrain"] = args.pretrain and pathlib.Path(args.pretrain).name
     return settings | {"model": str(model.spec)} | more
@@ -1035,9 +994,7 @@ def epoch_line(rows, epochs, metric, improved):
             f"{row['seconds']:.0f} s, {datetime.timedelta(seconds=round(left))} left")
 
 
-# --------------------------------------------------------------------------------------------------
-# A model's description and its way back
-# --------------------------------------------------------------------------------------------------
+# ---- A model's description and its way back ------------------------------------------------------
 
 def describe(model):
     """What `restore` needs to build the model again, in primitives."""
@@ -1083,10 +1040,8 @@ def check_numbers(name, value, target):
 
 
 def know(model, checkpoint):
-    """Give a model what its checkpoint says of its data:
-
-    classes (K names), colors (K, 3) uint8 or None, size (pixels of the short side in training, or
-    None), first_id (of class 0 in a stored mask).
+    """Give a model what its checkpoint says of its data: classes (K names), colors ((K, 3) uint8
+    or None), size (pixels of the short side in training, or None), first_id (class 0's in masks).
     """
     args, classes = checkpoint.get("args", {}), checkpoint.get("classes")
     colors, first_id = checkpoint.get("colors"), checkpoint.get("first_id")
@@ -1095,15 +1050,15 @@ def know(model, checkpoint):
     try:
         model.size = args.get("crop") or args.get("image_size")
         model.first_id = first_id
-        if first_id is None:        # the embedded shapes have no path, and count from 0
+        if first_id is None:        # an older file; the embedded shapes have no path, count from 0
             from_zero = args.get("zero_is_class") or args.get("data_path", "") is None
             model.first_id = 0 if from_zero else 1
         if colors is not None:
-            model.colors = torch.tensor(colors, dtype=torch.uint8).view(model.num_classes, 3)
-            model.colors = model.colors.numpy()
+            model.colors = torch.tensor(colors, dtype=torch.uint8).view(-1, 3).numpy()
         good = (isinstance(model.classes, list) and len(model.classes) == model.num_classes
                 and all(isinstance(name, str) and len(name) < 1000 for name in model.classes)
                 and (model.size is None or type(model.size) is int and 0 < model.size < 20_000)
+                and (colors is None or len(model.colors) == model.num_classes)
                 and model.first_id in (0, 1))
     except (AttributeError, RuntimeError, TypeError, ValueError):
         good = False
@@ -1125,14 +1080,12 @@ def load(path, device="cpu", fused=True):
     return model.to(device, memory_format=torch.channels_last)
 
 
-# --------------------------------------------------------------------------------------------------
-# Appendix: public weights. Tables of names, ours on the left and theirs on the right
-# --------------------------------------------------------------------------------------------------
+# ---- Appendix: public weights. Tables of names, ours on the left and theirs on the right ---------
 
 # A row is "ours theirs", modules or tensors; a last part (.weight, .bias, ...) is the same in both.
-# In ours: {i} stage, {j} block or other position, {n} any number, {a|b} one of these words. Before a
-# name without "head." stands "encoder.stages.". In theirs: the same, {c|d} the word in the place of
-# ours or {x} the very same, and {h} = i - 1, {I} = i + 1, {II} = i + 2, {E} = 2i, {O} = 2i + 1,
+# In ours: {i} stage, {j} block or other position, {n} any number, {a|b} one of these words; before
+# a name without "head." stands "encoder.stages.". In theirs: the same, {c|d} the word in the place
+# of ours or {x} the very same, and {h} = i - 1, {I} = i + 1, {II} = i + 2, {E} = 2i, {O} = 2i + 1,
 # {J2} = 2j, {R} = 8, 4, 2, {k}: position of the block over all stages (without j: of the stage's
 # first), {a+b}: two tensors that we hold as one, stacked along the first axis. The first row that
 # fits counts. Worked: by
@@ -1406,9 +1359,7 @@ HEADS = re.compile(r"(head|classifier|decode_head|auxiliary_head|neck|proj_head)
 LOSSES = re.compile(r"(criterion|loss)\w*\.")
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading and writing them
-# --------------------------------------------------------------------------------------------------
+# ---- Reading and writing them --------------------------------------------------------------------
 
 @dataclass
 class Report:
@@ -1659,22 +1610,19 @@ def looks_like(model, state, form, trained):
 def export_pretrained(model, path, format=None, classes=None):
     """Write a model's weights under the names of a public format; load_pretrained reads them back.
 
-    path: a folder for "Hugging Face SegFormer" (config.json, preprocessor_config.json and
-    model.safetensors, for transformers' from_pretrained and pipeline), else a .pth file with a flat
-    dict; format: the name of one of FORMATS, by default the hub's for a path without a suffix, else
-    the first that is for such a row and has a name for each of its tensors; classes: names for the
-    hub's config. Errors: UserError.
+    path: a folder for "Hugging Face SegFormer" (for transformers' from_pretrained and pipeline),
+    else a .pth file with a flat dict; format: the name of one of FORMATS, by default the hub's for
+    a path without a suffix, else the first that is for such a row and has a name for each of its
+    tensors; classes: names for the hub's config. Errors: UserError.
     """
-    if format is None and not pathlib.Path(path).suffix:
-        format = HUB
-    if format is None:
-        forms = [f for f in FORMATS[1:] if f.name != HUB and re.match(f.rows, model.spec.name)]
+    known = [f for f in FORMATS if f.keys != MIT_MMSEG]     # its q, k and v are only taken apart
+    if format is None and pathlib.Path(path).suffix:
+        forms = [f for f in known[1:] if f.name != HUB and re.match(f.rows, model.spec.name)]
     else:
-        forms = [f for f in FORMATS if f.name == format]
-    forms = [f for f in forms if f.keys != MIT_MMSEG]       # its q, k and v are only taken apart
+        forms = [f for f in known if f.name == (format or HUB)]
     if not forms:
         raise UserError(f"format {format!r} cannot be written; choose from: "
-                        f"{', '.join(f.name for f in FORMATS if f.keys != MIT_MMSEG)}")
+                        f"{', '.join(f.name for f in known)}")
     # of those with most names the first
     names_of, form = max(((f.names(model), f) for f in forms), key=lambda pair: len(pair[0]))
     if nameless := [key for key in model.state_dict() if key not in names_of]:
@@ -1747,14 +1695,13 @@ def export(model, target):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Print every model and every word of every slot; or export a trained model.")
+    parser = Parser(description="Print every model and every word; or export a trained model.")
     parser.add_argument("--checkpoint", help="best.pt or last.pt of train_seg.py or train_cls.py")
     parser.add_argument("--export", metavar="TARGET", help="a folder: for Hugging Face; FILE.pth: "
                         "the family's own names; FILE.pt2: torch.export, for any size")
     args = parser.parse_args(argv)
     if (args.checkpoint is None) != (args.export is None):
-        parser.error("--checkpoint and --export go together")
+        raise UserError("--checkpoint and --export go together")
     if args.export is None:
         return print_catalogue()
     model = load(args.checkpoint, fused=False)
