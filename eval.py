@@ -39,6 +39,17 @@ def naming(path):
         raise UserError(f"{data.shown(path)}: {error}") from None
 
 
+def batches(model, dataset, processes, batch_size, workers):
+    """Lists of the items of this process's share; meanwhile the model is in evaluation mode."""
+    training, benchmark = model.training, torch.backends.cudnn.benchmark
+    model.eval()
+    torch.backends.cudnn.benchmark = False      # images of many sizes: each would be a trial
+    loader = data.eval_loader(dataset, batch_size, processes, workers)
+    yield from data.progress(loader, "evaluating", processes.rank)
+    model.train(training)
+    torch.backends.cudnn.benchmark = benchmark
+
+
 def stacked(tensors, device):
     """A batch, stacked on the device: on the host this would copy what lies in pinned memory."""
     return torch.stack([tensor.to(device, non_blocking=True) for tensor in tensors])
@@ -87,11 +98,7 @@ class ConfusionMatrix:
         return (self.loss_sum / self.counts.sum()).item()
 
     def figures(self):
-        """{"IoU", "Acc", "precision", "F1"} of each class (K,); nan where there is none to count.
-
-        With hits h of n labelled and p predicted pixels: h / (n + p - h), h / n (recall), h / p and
-        2h / (n + p), which is also the Dice coefficient.
-        """
+        """Of each class (K,), nan where there is none to count. F1 is also the Dice coefficient."""
         hits = self.counts.diag().double()
         labelled, predicted = self.counts.sum(1), self.counts.sum(0)
         return {"IoU": hits / (labelled + predicted - hits), "Acc": hits / labelled,
@@ -195,7 +202,7 @@ def segment(model, images, size, **protocol):
     return logits, layers.upsampled_argmax(logits, size)
 
 
-def predict(model, image, size=None, device=None, **protocol):
+def predict(model, image, size=None, **protocol):
     """Class of each pixel of an image, at its size or `size` -> int64 (H, W) on the model's device.
 
     image: PIL image (ImageOps.exif_transpose turns a photograph upright) or uint8 (3, H, W); uint8
@@ -219,13 +226,10 @@ def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
     protocol: the keywords of `views`. Leaves the model's mode. Errors: UserError, which names the
     image if the logits are not finite.
     """
-    training, device, benchmark = model.training, processes.device, torch.backends.cudnn.benchmark
-    model.eval()
-    torch.backends.cudnn.benchmark = False      # images of many sizes: each would be a trial
-    matrix, flags, paths = ConfusionMatrix(model.num_classes, device), [], []
+    device, flags, paths = processes.device, [], []
+    matrix = ConfusionMatrix(model.num_classes, device)
     criterion = layers.UpsampledCrossEntropy(data.IGNORED)
-    loader = data.eval_loader(dataset, batch_size, processes, workers)
-    for items in data.progress(loader, "evaluating", processes.rank):
+    for items in batches(model, dataset, processes, batch_size, workers):
         groups = {}         # images of one size go together: padding would change the result
         for item in items:
             groups.setdefault(item[0].shape, []).append(item)
@@ -238,8 +242,6 @@ def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
             matrix.update(classes, labels, criterion(logits[0], labels, count=1))
             flags.append(finite(logits))
             paths += names
-    model.train(training)
-    torch.backends.cudnn.benchmark = benchmark
     refuse_not_finite(flags, paths.__getitem__)
     return matrix.all_reduce()
 
@@ -252,12 +254,9 @@ def evaluate_cls(model, dataset, processes, batch_size, workers, amp="off"):
 
     Leaves the model's mode. Errors: as evaluate_seg's.
     """
-    training, device = model.training, processes.device
-    model.eval()
+    device, flags = processes.device, []
     sums = torch.zeros(4, dtype=torch.float64, device=device)   # hits, hits in five, loss, images
-    flags = []
-    loader = data.eval_loader(dataset, batch_size, processes, workers)
-    for items in data.progress(loader, "evaluating", processes.rank):
+    for items in batches(model, dataset, processes, batch_size, workers):
         images, labels = zip(*items)
         images = stacked(images, device).contiguous(memory_format=torch.channels_last)
         labels = torch.tensor(labels, device=device)
@@ -268,7 +267,6 @@ def evaluate_cls(model, dataset, processes, batch_size, workers, amp="off"):
         sums[:3] += torch.stack([found[:, 0].sum(), found.any(1).sum(), loss])
         sums[3] += len(items)
         flags.append(logits.isfinite().all(1))
-    model.train(training)
     names = getattr(dataset, "paths", [])[processes.rank::processes.world]
     refuse_not_finite(flags, lambda i: names[i][0] if names else f"image {i}")
     if dist.is_initialized():
@@ -428,7 +426,7 @@ def arguments(argv=None):
     return args
 
 
-def load_model(args, dataset, show):
+def load_model(args, dataset, quiet):
     """-> the model, which knows its classes, colours and ids, and the arguments of its training."""
     if args.checkpoint:
         checkpoint = models.read_checkpoint(args.checkpoint)
@@ -437,7 +435,8 @@ def load_model(args, dataset, show):
     num_classes = args.num_classes or (dataset.num_classes if dataset else None)
     model = models.build(args.model, args.task, num_classes, **models.slots_from(args))
     report = models.load_pretrained(model, args.pretrain)
-    show(report)
+    if not quiet:
+        print(report)
     if report.fresh:
         raise UserError(f"{args.pretrain}: has no trained {report.fresh[0]} for "
                         f"{model.num_classes} classes; evaluate it on the data set that it was "
@@ -468,6 +467,15 @@ def rounded(percent):
     return None if math.isnan(percent) else round(percent, 2)
 
 
+def class_table(matrix, classes):
+    """{class: {"IoU": .., ...}} in percent; a name that occurs twice gets the class's number."""
+    columns, table = matrix.figures(), {}
+    for k, name in enumerate(classes):
+        name = name if classes.count(name) == 1 else f"{name} ({k})"
+        table[name] = {key: rounded(100 * column[k].item()) for key, column in columns.items()}
+    return table
+
+
 def print_classes(matrix, table, classes, trained_classes):
     """The table, what is confused most, and whether the classes had other names in training."""
     print(f"{'class':<28}{'IoU':>8}{'Acc':>8}{'precision':>11}{'F1':>8}")
@@ -491,11 +499,7 @@ def measure(args, model, dataset, processes, protocol):
         loss = figures.pop("val_loss")
     else:
         matrix = evaluate_seg(model, dataset, processes, args.batch_size, args.workers, **protocol)
-        figures, loss, columns = matrix.summary(), matrix.loss, matrix.figures()
-        names = [name if dataset.classes.count(name) == 1 else f"{name} ({k})"
-                 for k, name in enumerate(dataset.classes)]
-        table = {name: {key: rounded(100 * column[k].item()) for key, column in columns.items()}
-                 for k, name in enumerate(names)}
+        figures, loss, table = matrix.summary(), matrix.loss, class_table(matrix, dataset.classes)
         result |= protocol | {"classes": table, "confusion": matrix.counts.tolist()}
     if processes.rank > 0:
         return
@@ -521,7 +525,7 @@ def main(argv=None):
     if args.json and not quiet:
         data.try_writing("--json", args.json)
     dataset = open_dataset(args, args.task, {}) if args.pretrain and args.data_path else None
-    model, settings = load_model(args, dataset, (lambda report: None) if quiet else print)
+    model, settings = load_model(args, dataset, quiet)
     short_side = (model.size or 512) if args.size is None else args.size or None
     protocol = {"short_side": short_side, "scales": args.scales, "flip": args.flip,
                 "slide": args.slide, "size_divisor": args.size_divisor, "amp": args.amp}
@@ -534,9 +538,8 @@ def main(argv=None):
         return save_pictures(model, args, processes, protocol)
     dataset = dataset or open_dataset(args, model.task, settings)
     if dataset.num_classes != model.num_classes:
-        where = args.data_path or "the embedded shapes"
-        raise UserError(f"{where}: {dataset.num_classes} classes, but the model knows "
-                        f"{model.num_classes}; give --data-path the data set of its training")
+        raise UserError(f"--data-path {args.data_path}: {dataset.num_classes} classes, but the "
+                        f"model knows {model.num_classes}; give the data set of its training")
     measure(args, model, dataset, processes, protocol)
 
 
