@@ -1,12 +1,14 @@
-"""Processes, data sets, augmentation and the pictures of them: everything between the disk and the first convolution.
+"""Processes, data sets, augmentation and pictures: all between the disk and the first convolution.
 
     python data.py PATH [--zero-is-class] [--out sheet.png]
 
-checks a data set before hours are spent on it: images, sizes, classes and their share of the pixels, every unreadable or
-mismatched file by name (exit status 1 if there is one), and a contact sheet. Without PATH it shows the embedded `Shapes`.
+checks a data set before hours are spent on it: images, sizes, classes and their share of the
+pixels, every unreadable or mismatched file by name (exit status 1 if there is one), and a contact
+sheet. Without PATH it shows the embedded `Shapes`.
 
-Conventions. Images are RGB; labels are 0..K-1, and 255 is ignored. Augmentation is a pure function of (seed, epoch, view,
-index): it does not depend on the number of workers, on the order of requests or on any global random state.
+Conventions. Images are RGB; labels are 0..K-1, and 255 is ignored. Augmentation is a pure function
+of (seed, epoch, view, index): it does not depend on the number of workers, on the order of requests
+or on any global random state.
 """
 import argparse
 import colorsys
@@ -1438,8 +1440,7 @@ def class_folders(folder):
         places = [Path(entry) for entry in os.scandir(folder)
                   if entry.is_dir() and not entry.name.startswith(".")]
     except OSError as error:
-        raise UserError(f"{shown(folder)}: {error.strerror}; a folder for each class belongs "
-                        "here") from None
+        raise UserError(f"{shown(folder)}: {error.strerror}; it holds a folder a class") from None
     files = {}
     for place in sorted(places):
         inner = place / "images"
@@ -1447,8 +1448,7 @@ def class_folders(folder):
         if same:
             raise UserError(same[0])
         if not found:
-            raise UserError(f"{shown(place)}: no images in this class folder; add some or remove "
-                            "it")
+            raise UserError(f"{shown(place)}: no images in this class folder; remove it")
         files[place.name] = list(found.values())
     if not files:
         raise UserError(f"{shown(folder)}: no class folders here")
@@ -1476,12 +1476,9 @@ def validation_files(folder, classes):
         if list(files) == ["images"]:
             raise UserError(f"{shown(annotations)}: no such file; Tiny-ImageNet's flat val/images "
                             "needs it for the classes")
-    for missing in sorted(set(classes) - set(files)):
-        raise UserError(f"{shown(folder)}: has no images of the class {shown(missing)} of train/; "
+    for name in sorted(files.keys() ^ set(classes)):
+        raise UserError(f"{shown(folder)}: class {shown(name)} is in one of train/ and val/ only; "
                         "both need the same classes")
-    for unknown in sorted(set(files) - set(classes)):
-        raise UserError(f"{shown(folder)}: unknown class {shown(unknown)}, train/ has none; both "
-                        "need the same classes")
     return files
 
 
@@ -1525,9 +1522,8 @@ def distinct_colors(count):
     """
     levels = np.linspace(0, 1, 12)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
-    x, y, z = np.cbrt(np.array([[0.434, 0.376, 0.190],
-                                [0.213, 0.715, 0.072],
-                                [0.018, 0.109, 0.873]]) @ (grid ** 2.2).T)
+    to_xyz = np.array([[0.434, 0.376, 0.190], [0.213, 0.715, 0.072], [0.018, 0.109, 0.873]])
+    x, y, z = np.cbrt(to_xyz @ (grid ** 2.2).T)
     lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
     usable = (30 < lab[:, 0]) & (lab[:, 0] < 90)
     grid, lab = grid[usable], lab[usable]
@@ -1625,14 +1621,13 @@ def ticks(low, high):
     return [k * step for k in range(first, max(last, first + 1) + 1)]
 
 
-def plot(path, series, x_label, y_label, lines=True, title=""):
+def plot(path, series, x_label, y_label, lines=True):
     """Draw series, {name: [(x, y) or (x, y, label), ...]}, as lines or else as points.
 
     path: where the PNG goes, or None. Points that are not finite are left out. -> Pillow's image
     """
-    width, height, font = 1440, 960, ImageFont.load_default(26)
-    left, top, right, bottom = 120, 120, 1390, 850
-    sheet = Image.new("RGB", (width, height), "white")
+    left, top, right, bottom, font = 120, 80, 1390, 850, ImageFont.load_default(26)
+    sheet = Image.new("RGB", (1440, 960), "white")
     draw = ImageDraw.Draw(sheet)
     series = {name: [p for p in points if math.isfinite(p[0] + p[1])]
               for name, points in series.items()}
@@ -1652,9 +1647,8 @@ def plot(path, series, x_label, y_label, lines=True, title=""):
         draw.line((left, at, right, at), "#e4e4e4", 2)
         draw.text((left - 14, at), f"{y:.6g}", "black", font, "rm")
     draw.line((left, top, left, bottom, right, bottom), "black", 3)
-    draw.text(((left + right) / 2, height - 20), x_label, "black", font, "ms")
+    draw.text(((left + right) / 2, 940), x_label, "black", font, "ms")
     draw.text((20, top - 24), y_label, "black", font, "ls")
-    draw.text((width / 2, 20), drawable(title, font, width), "black", font, "mt")
     end, labels = right, []
     for (name, points), ink in zip(series.items(), itertools.cycle(INKS)):
         name = drawable(name, font, 300)
