@@ -62,7 +62,7 @@ def heads_first(x, heads):
 
 def fill(x, size):
     """Zeros to the right and below, until `size` divides both sides of the map (B, C, H, W)."""
-    bottom, right = -x.shape[2] % size, -x.shape[3] % size
+    bottom, right = ((side + size - 1) // size * size - side for side in x.shape[2:])
     if torch.compiler.is_compiling() or bottom or right:        # an exported graph knows no sizes
         x = F.pad(x, (0, right, 0, bottom))
     return x
@@ -122,8 +122,7 @@ class Attend(nn.Module):
 
 class Pointwise(nn.Conv2d):
     """A Linear layer on a map's channels, held as a 1x1 convolution (files store either shape).
-    The CPU's convolution is a fifth faster on whole maps than the matrix product that it is; on 7x7
-    windows it is the reverse."""
+    On CPUs that is up to a fifth faster than the matrix product; on 7x7 windows the reverse."""
     def __init__(self, in_dim, dim, bias=True):
         super().__init__(in_dim, dim, 1, bias=bias)
 
