@@ -22,6 +22,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import struct
 import sys
 import threading
@@ -124,9 +125,13 @@ def _join(rank, world, device, timeout):
     global _store
     wait = timedelta(seconds=max(timeout, START_TIMEOUT))
     keys, waiting = [f"here {r}" for r in range(world)], False
+    address = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     # Python's handlers do not run while C++ waits: until it is done, signals just end the process.
     handlers = handle(signal.SIG_DFL)
     try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store is there before we are; if it is not, torchrun has died meanwhile.
+            socket.create_connection(address, timeout=30).close()
         store, _, _ = next(dist.rendezvous("env://", timeout=wait))
         # torchrun keeps one store over its restarts: without keys of their own, the processes of
         # the second attempt would read the addresses of the first one's dead processes.
@@ -139,11 +144,11 @@ def _join(rank, world, device, timeout):
         gpu = device if device.type == "cuda" else None
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout),
                                 store=_store, rank=rank, world_size=world, device_id=gpu)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         reason = f"no sign of process {_missing(keys)}" if waiting else str(error).split("\n")[0]
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"process {rank} of {world} cannot join the others at {address}: {reason}; "
-                        "are all of them started, and can they reach this address?") from None
+        raise UserError(f"process {rank} of {world} cannot join the others at {':'.join(address)}: "
+                        f"{reason}; are all of them started, and can they reach this address?"
+                        ) from None
     finally:
         handle(*handlers)
 
