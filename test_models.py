@@ -3117,7 +3117,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-RUNS = {"seg": (train_seg, ["--ema", "0.9"]), "seg accum": (train_seg, ["--accum", "2", "--clip", "1"]),
+RUNS = {"seg": (train_seg, ["--ema", "0.9"]), "seg accum": (train_seg, ["--accum", "2", "--clip", "1", "--class-weights", "balanced"]),
         "seg fp16": (train_seg, ["--amp", "fp16"]), "cls": (train_cls, ["--ema", "0.9"])}
 
 

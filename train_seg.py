@@ -139,8 +139,11 @@ def main(argv=None):
             average.load_state_dict(state["ema"])
         done, rows, losses, seconds = (state[key] for key in ("step", "rows", "losses", "seconds"))
         best, class_weights = state["best"], state["class_weights"]
+    elif args.class_weights:
+        class_weights = data.class_weights(train_set, args.class_weights) if rank == 0 else None
+        class_weights = data.broadcast(class_weights)
     state = None
-    criterion = UpsampledCrossEntropy(data.IGNORED)
+    criterion = UpsampledCrossEntropy(data.IGNORED, class_weights)
     criterion.to(device)
     amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
 
