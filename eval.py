@@ -291,10 +291,7 @@ def save_samples(model, dataset, size, device, path):
 
 
 def picture_files(source, folder):
-    """The images that --images names, in order, those in sub-folders too.
-
-    -> {path from there without its suffix, which its pictures get for a name: path}
-    """
+    """What --images names, also in sub-folders -> {path from there, no suffix: path}, in order."""
     if not source.exists():
         raise UserError(f"--images {data.shown(source)}: no such file or folder")
     if folder.resolve() == (source if source.is_dir() else source.parent).resolve():
@@ -320,10 +317,8 @@ def picture_files(source, folder):
 
 
 def save_pictures(model, args, processes, protocol):
-    """For each image NAME.png, the ids k + first_id in the classes' colours, and NAME_overlay.png:
-    the image under the colours, and a legend, largest class first. EXIF rotations are carried out.
-    --probabilities: NAME.npz, soft-maxes float16 (K, h, w) at the network's resolution.
-    """
+    """For each image, its EXIF rotation carried out: `draw`'s two pictures, and for --probabilities
+    NAME.npz, soft-maxes float16 (K, h, w) at the network's resolution."""
     folder = Path(args.save_dir)
     files = picture_files(Path(args.images), folder)
     with data.writing("--save-dir", folder):
@@ -357,7 +352,8 @@ def save_pictures(model, args, processes, protocol):
 
 
 def draw(model, pixels, classes, target):
-    """Write TARGET.png and TARGET_overlay.png of an image (H, W, 3) and its classes (H, W)."""
+    """TARGET.png: the ids of classes (H, W) as a mask stores them, in the classes' colours.
+    TARGET_overlay.png: the image (H, W, 3) under the colours, and a legend, largest class first."""
     colors = data.distinct_colors(model.num_classes) if model.colors is None else model.colors
     label = Image.fromarray((classes + model.first_id).astype(np.uint8))
     palette = np.zeros((256, 3), np.uint8)
@@ -375,33 +371,30 @@ def draw(model, pixels, classes, target):
 
 def arguments(argv=None):
     parser = models.Parser(description="Evaluate a model, or draw what it sees.")
-    add = parser.add_argument
+    add, whole = parser.add_argument, models.positive_int
     add("--checkpoint", help="best.pt or last.pt of train_seg.py or train_cls.py")
     models.add_model_arguments(parser)
     parser.set_defaults(model=None)
     add("--pretrain", help="public weights for --model: a file or a Hugging Face directory")
-    add("--num-classes", type=models.positive_int,
-        help="of --pretrain (default: those of --data-path, else 150; cls 1000)")
+    add("--num-classes", type=whole, help="default: as --data-path, else 150; cls 1000")
     add("--task", choices=list(models.CLASSES), default="seg", help="of --model (default seg)")
     add("--data-path", help="data set, see data.py (default: the embedded shapes)")
     add("--split", choices=["train", "val"], default="val", help="default val")
     add("--zero-is-class", action="store_true", help="id k of a mask is class k, not class k-1")
     add("--size", type=models.count, help="short side that the network sees, 0: as the images are "
         "stored (default: as in the checkpoint's training, else 512; cls 224)")
-    add("--size-divisor", type=models.positive_int,
-        help="resize each side up to a multiple of this (32 is worth +0.5 mIoU or more)")
+    add("--size-divisor", type=whole, help="sides up to a multiple of this (32: +0.5 mIoU or more)")
     add("--scales", type=models.positive, nargs="+", default=[1.0],
         help="multi-scale test, e.g. 0.5 0.75 1 1.25 1.5 1.75 (default 1)")
     add("--flip", action="store_true", help="average with the mirrored image")
-    add("--slide", type=models.positive_int, nargs=2, metavar=("CROP", "STRIDE"),
-        help="sliding window instead of the whole image")
+    add("--slide", type=whole, nargs=2, metavar=("CROP", "STRIDE"), help="by a sliding window")
     add("--images", help="draw this image, or all of this folder, instead of measuring")
     add("--save-dir", default="pictures", help="where --images writes (default pictures)")
     add("--probabilities", action="store_true",
         help="--images adds NAME.npz: float16 soft-maxes at the network's resolution")
     add("--json", nargs="?", const="-", metavar="FILE",
         help="write the figures to FILE as well, or print them instead of the table")
-    add("--batch-size", type=models.positive_int, default=1, help="of each process (default 1)")
+    add("--batch-size", type=whole, default=1, help="of each process (default 1)")
     add("--amp", choices=list(AMP), default="off", help="mixed precision (default off)")
     add("--workers", type=models.count, default=2, help="loader processes (default 2)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
@@ -442,11 +435,11 @@ def load_model(args, dataset, quiet):
                         f"{model.num_classes} classes; evaluate it on the data set that it was "
                         "trained for, or fine-tune it first")
     known = {"args": {"zero_is_class": args.zero_is_class}}
+    if model.num_classes == 150:
+        known["colors"] = data.ADE20K_COLORS.tolist()
     if dataset and args.task == "seg":
         known |= {"classes": dataset.classes, "colors": dataset.colors.tolist(),
                   "first_id": dataset.first_id}
-    elif model.num_classes == 150:
-        known["colors"] = data.ADE20K_COLORS.tolist()
     return models.know(model, known), {}
 
 

@@ -265,18 +265,19 @@ def specs(text):
 
 
 def read_accuracy(path):
-    """A JSON file {model: mIoU, or a list of them} -> {model: list}."""
+    """A JSON file {model: mIoU, or a list of them} -> {the model's name in the tables: list}."""
     try:
         table = json.loads(Path(path).read_text())
-        return {name: [float(v) for v in np.atleast_1d(value)] for name, value in table.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise UserError(f"--accuracy {path}: must be a JSON file like "
-                        '{"segformer_b0": 71.5, "lite_final": [68.2, 69.0]}') from None
+        return {str(specs(name)[0]): [float(value) for value in np.atleast_1d(figures)]
+                for name, figures in table.items()}
+    except (OSError, ValueError, TypeError, AttributeError, argparse.ArgumentTypeError) as error:
+        raise UserError(f"--accuracy {path}: must be JSON like {{\"segformer_b0\": 71.5, "
+                        f"\"lite_final\": [68.2, 69.0]}} ({error})") from None
 
 
 def arguments(argv=None):
     parser = models.Parser(description="Count multiply-adds and parameters; time models.")
-    add = parser.add_argument
+    add, whole = parser.add_argument, models.positive_int
     models.add_model_arguments(parser)
     add("--all", action="store_true", help="every row of `python models.py`, beside --baseline")
     add("--rows", type=specs, nargs="+", metavar="NAME",
@@ -284,19 +285,16 @@ def arguments(argv=None):
     add("--baseline", choices=list(models.MODELS), default="segformer_b2", metavar="NAME",
         help="default segformer_b2")
     add("--task", choices=list(models.CLASSES), default="seg", help="default seg")
-    add("--num-classes", type=models.positive_int, help="default 150 for seg, 1000 for cls")
+    add("--num-classes", type=whole, help="default 150 for seg, 1000 for cls")
     add("--size", nargs="+", default=["512"], metavar="SIDE",
         help="512, 512x1024 or 512 1024: height, width (default 512)")
-    add("--sizes", type=height_width, nargs="+", metavar="SIZE",
-        help="one model at several sizes, e.g. 256 512 1024x2048")
-    add("--fused", action="store_true",
-        help="count the inference form: BatchNorm folded, decoder merged")
-    add("--latency", type=models.positive_int, nargs="?", const=30, metavar="RUNS",
-        help="time the inference form (default 30 runs)")
-    add("--batch-size", type=models.positive_int, default=1, help="of --latency (default 1)")
+    add("--sizes", type=height_width, nargs="+", metavar="SIZE", help="several, of one model")
+    add("--fused", action="store_true", help="count with BatchNorm folded and decoder merged")
+    add("--latency", type=whole, nargs="?", const=30, metavar="RUNS", help="time it (30 runs)")
+    add("--batch-size", type=whole, default=1, help="of --latency (default 1)")
     add("--amp", choices=list(DTYPES), default="off", help="of --latency (default off)")
     add("--compile", action="store_true", help="of --latency: torch.compile the models")
-    add("--threads", type=models.positive_int, help="of --latency, on the CPU (default: all)")
+    add("--threads", type=whole, help="of --latency, on the CPU (default: PyTorch's choice)")
     add("--device", help="of --latency: cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--plot", metavar="FILE", help="draw parameters against GMAC, a point a row, as a PNG")
     add("--accuracy", metavar="FILE",
