@@ -158,8 +158,7 @@ def latency(cases, args, device):
         model = models.build(spec.name, args.task, args.num_classes, **spec.overrides)
         runs[name] = prepare(model, size, args, device)
         runs[name]()
-        if not args.comparison:
-            table[name]["peak_memory_gib"] = data.peak_memory(device)
+        table[name]["peak_gib"] = None if args.comparison else data.peak_memory(device)
     for _ in data.progress(range(args.latency + max(2, args.latency // 5)), "timing"):
         for name, run in runs.items():
             start = time.perf_counter()
@@ -194,41 +193,40 @@ def print_parts(name, counted):
               f"there) or none does: {', '.join(counted.uncalled)}")
 
 
-def print_comparison(table, base):
-    """A line a model: parameters and MACs, with their change from the baseline; MACs by part."""
+def print_comparison(table, base, times):
+    """A line a model: parameters and MACs, with their change from the baseline; times if there are
+    any; MACs by part."""
     parts = [part for counted in table.values() for part, (_, macs) in counted.by_part().items()
              if macs]
     parts = list(dict.fromkeys(parts))              # each once, in the order of their first use
-    width = max(map(len, table)) + 2
+    width, clock = max(map(len, table)) + 2, ""
+    if times:
+        clock = f"{'ms':>10}{'images/s':>10}{'peak GiB':>10}"
     print(f"{'model':<{width}}{'params M':>10}{'change':>9}{'GMAC':>10}{'change':>9}{'GFLOP':>10}"
-          f"   GMAC by part:{''.join(f'{part:>12}' for part in parts)}")
+          f"{clock}   GMAC by part:{''.join(f'{part:>12}' for part in parts)}")
     for name, counted in table.items():
         params = 100 * (counted.params / base.params - 1)
         macs = 100 * (counted.macs / base.macs - 1)
+        if times:
+            t = times[name]
+            clock = f"{t['median_ms']:>10.1f}{t['images_per_second']:>10.2f}{t['peak_gib'] or '-':>10}"
         by_part = counted.by_part()
         cells = "".join(f"{by_part.get(part, (0, 0))[1] / 1e9:>12.3f}" for part in parts)
         print(f"{name:<{width}}{counted.params / 1e6:>10.3f}{params:>+8.1f}%"
-              f"{counted.macs / 1e9:>10.3f}{macs:>+8.1f}%{counted.macs / 5e8:>10.3f}{'':16}{cells}")
+              f"{counted.macs / 1e9:>10.3f}{macs:>+8.1f}%{counted.macs / 5e8:>10.3f}{clock}"
+              f"{'':16}{cells}")
 
 
-def print_times(table, counts, args, device):
-    """A line a case, under a line that says what it ran in."""
-    precision = DTYPES[args.amp]
+def conditions(args, device):
+    """What the times are of."""
+    dtype, name = DTYPES[args.amp], str(device)
     if device.type == "cuda":
-        device = torch.cuda.get_device_name(device)
-        if args.amp == "off" and torch.get_float32_matmul_precision() != "highest":
-            precision += " (TF32 products)"
-    print(f"\ninference form{', compiled' if args.compile else ''}, channels_last, {precision}, "
-          f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch "
-          f"{args.batch_size}: medians of {args.latency} runs")
-    width = max(map(len, table)) + 2
-    print(f"{'':<{width}}{'params M':>10}{'GMAC':>10}{'ms':>10}{'quartiles':>18}{'images/s':>10}"
-          "  peak GiB")
-    for name, row in table.items():
-        low, high = row["quartiles_ms"]
-        print(f"{name:<{width}}{counts[name].params / 1e6:>10.3f}{counts[name].macs / 1e9:>10.3f}"
-              f"{row['median_ms']:>10.1f}{f'{low:.1f}..{high:.1f}':>18}"
-              f"{row['images_per_second']:>10.2f}{row.get('peak_memory_gib', '-'):>10}")
+        name = torch.cuda.get_device_name(device)
+        if dtype == "float32" and torch.get_float32_matmul_precision() != "highest":
+            dtype = "TF32"
+    return {"form": "fused, channels_last", "compiled": args.compile, "batch": args.batch_size,
+            "dtype": dtype, "device": name, "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "median of runs": args.latency}
 
 
 def draw(args, counts):
@@ -355,23 +353,24 @@ def main(argv=None):
     first, single = next(iter(counts.values())), not (args.comparison or args.sizes)
     if single:
         results[0]["rows"] = first.rows
+    times = {}
+    if args.latency:
+        device = data.start(args.device).device
+        times, ran = latency(cases, args, device), conditions(args, device)
+        for result, name in zip(results, cases):
+            result["latency"] = times[name] | ran
     if args.json != "-":
         size = "each size" if args.sizes else "{} x {} (H x W)".format(*args.size)
         fused = ", fused for inference" if args.fused else ""
         print(f"one image of {size}, task {args.task}, {args.num_classes} classes{fused}; 1 MAC = "
               "a multiply-add of conv, linear or matmul; FLOPs = 2 MACs")
+        if times:
+            print("times:", ", ".join(f"{key} {value}" for key, value in ran.items()))
         if single:
             print_parts(results[0]["model"], first)
-        else:
-            base = first if args.sizes else counted(models.MODELS[args.baseline], args.size)
-            print_comparison(counts, base)
-    if args.latency:
-        device = data.start(args.device).device
-        times = latency(cases, args, device)
-        for result, name in zip(results, cases):
-            result["latency"] = times[name]
-        if args.json != "-":
-            print_times(times, counts, args, device)
+        if times or not single:
+            base = counted(models.MODELS[args.baseline], args.size) if args.comparison else first
+            print_comparison(counts, base, times)
     if args.plot:
         draw(args, counts)
     if args.json:
