@@ -520,7 +520,7 @@ class EpochDataset(Dataset):
         return ""
 
     def check(self, limit=100):
-        """Look at some of the data. -> notes on what is odd; UserError if nothing can be learned."""
+        """Look at some data. -> notes on what is odd; UserError if nothing can be learned."""
         return []
 
     def judge(self, counts):
@@ -531,7 +531,6 @@ class EpochDataset(Dataset):
 
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
           Image.DecompressionBombError)
-LOSSLESS = "PNG", "BMP", "TIFF", "PPM", "GIF"
 
 
 def shown(path):
@@ -596,8 +595,8 @@ def write_json(flag, path, value):
 def read_text(path, parse):
     """parse(text of a small UTF-8 file, with or without a byte-order mark)."""
     try:
-        if path.stat().st_size > 2 ** 22:
-            raise ValueError("larger than 4 MiB")
+        if path.stat().st_size > 2 ** 22 or not path.is_file():
+            raise ValueError("not a file of at most 4 MiB")
         return parse(path.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{shown(path)}: cannot be read ({shown(error)[:200]})") from None
@@ -616,29 +615,26 @@ def read_json(path):
 def read_mask(path):
     """A mask's ids as they are stored: (H, W) uint8 or int32. Palette masks give indices."""
     with opened(path, any_depth=True) as image:
-        if not _lossless(path, image):
-            raise UserError(f"{shown(path)}: {image.format} compression changes the ids of a mask; "
-                            "export the masks as PNG")
+        if (image.format not in ("PNG", "BMP", "TIFF", "PPM", "GIF")
+                or image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")):
+            raise UserError(f"{shown(path)}: {image.format} compression may change the ids of a "
+                            "mask; export the masks again, as PNG")
         mode, stored = image.mode, str([tile[3] for tile in image.tile])
         mask = np.array(image)
     if mode == "RGB" and (mask == mask[..., :1]).all():
         return mask[..., 0]
-    if mode not in ("L", "P", "1") and not mode.startswith("I"):
+    if mode.startswith("I"):
+        return mask.astype(np.int32)
+    if mode not in ("L", "P", "1"):
         raise UserError(f"{shown(path)}: mask of mode {mode}; a mask holds one class id per pixel "
                         "(modes L, P, I, 1)")
-    if "'L;2" in stored:        # Pillow spreads gray values of 2 and 4 bits over 0..255
-        mask = mask // 85
-    elif "'L;4" in stored:
-        mask = mask // 17
-    return mask.astype(np.int32 if mode.startswith("I") else np.uint8, copy=False)
-
-
-def _lossless(path, image):
-    if image.format == "WEBP":
-        with open(path, "rb") as file:
-            return file.read(16)[12:] == b"VP8L"
-    return (image.format in LOSSLESS
-            and image.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp"))
+    mask = mask.astype(np.uint8, copy=False)
+    # Pillow inverts a TIFF in which 0 is white, and spreads 2 and 4 bits of grey over 0..255.
+    if gray := re.search(r"'[1L];([24]?)(I?)", stored):
+        if gray[2]:
+            mask = (255 if mode == "L" else 1) - mask
+        mask = mask // {"": 1, "2": 85, "4": 17}[gray[1]]
+    return mask
 
 
 def contents(folder):
@@ -662,8 +658,7 @@ def scan(folder, suffixes, end=""):
     found, problems = {}, []
     try:
         names = [os.path.relpath(os.path.join(place, name), folder)
-                 for place, folders, files in os.walk(folder, onerror=_raise)
-                 for name in files]
+                 for place, _, files in os.walk(folder, onerror=_raise) for name in files]
     except OSError as error:
         raise UserError(f"{shown(error.filename)}: {error.strerror}; every split needs this "
                         f"folder; {contents(folder)}") from None
@@ -832,7 +827,7 @@ def _resized_part(image, corner, shape, step, unit, flip):
 # ---- Segmentation data in folders ----------------------------------------------------------------
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-MASK_FILES = {".png", ".bmp", ".tif", ".tiff", ".webp"}
+MASK_FILES = {".png", ".bmp", ".tif", ".tiff"}
 
 
 class Layout(NamedTuple):
@@ -865,14 +860,16 @@ LAYOUTS = {
 
 # The colours in which ADE20K is always drawn (the MIT scene parsing benchmark), class by class.
 ADE20K_COLORS = np.frombuffer(bytes.fromhex(
-    "787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04ff3307"
-    "cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffffe0ff086608ff"
-    "ff3d06ffc207ff7a0800ff14ff0829ff05990633ffeb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe00099ff000000ffff4700"
-    "00ebff00adff1f00ff0bc8c8ff520000fff5003dff00ff7000ff85ff0000ffa300ff6600c2ff00008fff33ff000052ff00ff2900ffad0a00ff"
-    "adff0000ff99ff5c00ff00ffff00f5ff0066ffad00ff0014ffb8b8001fff00ff3d0047ffff00cc00ffc200ff52000aff0070ff3300ff00c2ff"
-    "007aff00ffa3ff990000ff0aff70008fff005200ffa3ff00ffeb0008b8aa8500ff00ff5cb800ffff001f00b8ff00d6ffff00705cff0000e0ff"
-    "70e0ff46b8a0a300ff9900ff47ff00ff00a3ffcc00ff008f00ffeb85ff00ff00ebf500ffff007afff5000abed4d6ff0000ccff1400ffffff00"
-    "0099ff0029ff00ffcc2900ff29ff00ad00ff00f5ff4700ff7a00ff00ffb8005cffb8ff000085ffffd60019c2c266ff005c00ff"),
+    "787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33"
+    "ff06528fff8cccff04ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff"
+    "08ffd607ffe0ffb8060aff47ff290a07ffffe0ff086608ffff3d06ffc207ff7a0800ff14ff0829ff05990633ff"
+    "eb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe00099ff000000ffff470000ebff00adff1f00ff"
+    "0bc8c8ff520000fff5003dff00ff7000ff85ff0000ffa300ff6600c2ff00008fff33ff000052ff00ff2900ffad"
+    "0a00ffadff0000ff99ff5c00ff00ffff00f5ff0066ffad00ff0014ffb8b8001fff00ff3d0047ffff00cc00ffc2"
+    "00ff52000aff0070ff3300ff00c2ff007aff00ffa3ff990000ff0aff70008fff005200ffa3ff00ffeb0008b8aa"
+    "8500ff00ff5cb800ffff001f00b8ff00d6ffff00705cff0000e0ff70e0ff46b8a0a300ff9900ff47ff00ff00a3"
+    "ffcc00ff008f00ffeb85ff00ff00ebf500ffff007afff5000abed4d6ff0000ccff1400ffffff000099ff0029ff"
+    "00ffcc2900ff29ff00ad00ff00f5ff4700ff7a00ff00ffb8005cffb8ff000085ffffd60019c2c266ff005c00ff"),
     np.uint8).reshape(150, 3)
 
 
@@ -1044,23 +1041,22 @@ class FolderSegmentation(EpochDataset):
 
     def judge(self, counts, where=""):
         """Of the number of pixels of each label, (256,): -> notes, or UserError; see `check`."""
-        seen = np.flatnonzero(counts[:self.num_classes])
+        seen, names = np.flatnonzero(counts[:self.num_classes]), list(map(shown, self.classes))
         if len(seen) < 2:
-            what = f"'{shown(self.classes[seen[0]])}' is the only class" if len(seen) else "no class"
-            raise UserError(f"{shown(self.root)}: {what} in the masks; {self._remedy()}")
-        notes, share = [], counts[IGNORED] / counts.sum()
-        if share > 0.5:
-            notes.append(f"{where}{100 * share:.0f} % of the pixels are ignored")
-        missing = [shown(name) for k, name in enumerate(self.classes) if k not in seen]
-        first, last = shown(self.classes[0]), shown(self.classes[-1])
+            found = [f"class {names[k]} alone" for k in seen] or ["no class at all"]
+            raise UserError(f"{shown(self.root)}: {found[0]} is in the masks, {self._remedy()}")
+        notes, missing = [], [name for k, name in enumerate(names) if k not in seen]
+        if counts[IGNORED] > 0.5 * counts.sum():
+            share = 100 * counts[IGNORED] / counts.sum()
+            notes.append(f"{where}{share:.0f} % of the pixels are ignored")
         if missing:
-            names = ", ".join(missing[:5])
-            notes.append(f"{where}{len(missing)} of {self.num_classes} classes do not occur: {names}")
+            notes.append(f"{where}{len(missing)} of {self.num_classes} classes do not occur: "
+                         + ", ".join(missing[:5]))
         if missing and self.classes[0] == "class 0":
             notes.append("the ids in the masks skip; a label_map.json {id: class} makes them dense")
-        if self.first_id and seen[-1] < self.num_classes - 1 and UNNAMED.fullmatch(first):
-            notes.append(f"'{last}' does not occur, and the first class is '{first}': if it is id 0 "
-                         "of the masks, leave it out of the names, or pass --zero-is-class")
+        if self.first_id and names[-1] in missing and UNNAMED.fullmatch(names[0]):
+            notes.append(f"the last class does not occur, and the first is '{names[0]}': if it is "
+                         "id 0 of the masks, leave it out of the names, or pass --zero-is-class")
         return notes
 
     def _remedy(self):
@@ -1068,15 +1064,15 @@ class FolderSegmentation(EpochDataset):
         ids = set()
         for _, path in some(self.all_paths, 100):
             ids.update(np.unique(read_mask(path)).tolist())
-        found = f"their ids are {', '.join(map(str, sorted(ids)[:10]))}"
+        remedy = "but at least two are needed"
         if self.ids:
-            return f"{found}; {self.rule}"
-        if ids <= {0, 255}:
-            return (f"{found}: 255 is ignored; write 1 instead of 255 and pass --zero-is-class, or "
-                    'add label_map.json {"0": 0, "255": 1}')
-        if self.first_id and 0 in ids:
-            return f"{found}: 0 is ignored, unless you pass --zero-is-class"
-        return f"{found}: at least two classes are needed"
+            remedy = self.rule
+        elif ids <= {0, 255}:
+            remedy = ("255 is ignored: write 1 instead of 255 and pass --zero-is-class, or add "
+                      'label_map.json {"0": 0, "255": 1}')
+        elif self.first_id and 0 in ids:
+            remedy = "0 is ignored, unless you pass --zero-is-class"
+        return f"whose ids are {', '.join(map(str, sorted(ids)[:10]))}: {remedy}"
 
 
 UNNAMED = re.compile("unlabell?ed|unknown|background|void|ignored?|other|none", re.IGNORECASE)
@@ -1113,7 +1109,7 @@ def pair(root, layout, split):
         files, same = scan(Path(folder), suffixes, file[1:])
         if not files:
             what = "images" if suffixes is IMAGE_FILES else "masks (JPEG would change their ids)"
-            raise UserError(f"{shown(folder)}: no {what} named {file}.* with a suffix of "
+            raise UserError(f"{shown(folder)}: no {what} {file} of the types "
                             f"{' '.join(sorted(suffixes))}; {contents(Path(folder))}")
         found.append((files, folder, file[1:]))
         problems += same
@@ -1157,18 +1153,16 @@ def read_classes(root, zero_is_class):
         lines = read_text(info, str.splitlines)[1:]    # Idx  Ratio  Train  Val  [Stuff]  Name
         names = [line.split("\t")[-1] for line in lines if line.strip()]
         return _checked(info, ["other"] * zero_is_class + names)
-    table = read_json(path)
+    table, names = read_json(path), {}
     if isinstance(table, dict):
         table = table.get("id2label", table)
     if isinstance(table, list):
         table = dict(enumerate(table))
-    names = {}
     with suppress(ValueError, TypeError, AttributeError):
         for key, value in table.items():
             if type(value) is int:
                 key, value = value, key
-            if names.setdefault(int(key), value) is not value:
-                raise ValueError
+            names[int(key)] = value
     if not names or sorted(names) != list(range(len(table))):
         raise UserError(f'{shown(path)}: must be {{"0": "name", "1": "name", ...}}, with each id '
                         "from 0 on once, without a gap")
@@ -1177,8 +1171,8 @@ def read_classes(root, zero_is_class):
 
 def _checked(path, names):
     for k, name in enumerate(names):
-        if not (isinstance(name, str) and len(name.splitlines()) == 1 and name.strip()
-                and len(name) <= 200):
+        one_line = isinstance(name, str) and len(name.strip().splitlines()) == 1
+        if not one_line or len(name) > 200:
             raise UserError(f"{shown(path)}: the name of class {k} is {shown(repr(name)[:60])}; a "
                             "name is one line of text, not empty, of 200 characters at most")
     return [name.strip() for name in names]
@@ -1207,20 +1201,19 @@ def class_weights(dataset, source):
         counts = dataset.count_pixels()[:dataset.num_classes]
         weights = np.maximum(counts, counts[counts > 0].min()) ** -0.5
         return torch.tensor(weights * counts.sum() / (weights * counts).sum()).float()
-    path, table = Path(source), read_json(Path(source))
+    table, weights = read_json(Path(source)), torch.ones(dataset.num_classes)
     if not isinstance(table, dict):
-        raise UserError(f'--class-weights {shown(path)}: must be {{"class": weight, ...}}')
-    weights = torch.ones(dataset.num_classes)
+        raise UserError(f'--class-weights {shown(source)}: must be {{"class": weight, ...}}')
     for name, weight in table.items():
         if name not in dataset.classes:
-            raise UserError(f"--class-weights {shown(path)}: there is no class {shown(name)[:60]}; "
-                            f"the first is {shown(dataset.classes[0])}")
+            raise UserError(f"--class-weights {shown(source)}: no class is called "
+                            f"{shown(name)[:60]}; the first is {shown(dataset.classes[0])}")
         if type(weight) not in (int, float) or not 0 <= weight < 1e6:
-            raise UserError(f"--class-weights {shown(path)}: the weight of {shown(name)} must be a "
-                            "number from 0 on, below a million")
+            raise UserError(f"--class-weights {shown(source)}: the weight of {shown(name)} must be "
+                            "a number of at least 0")
         weights[dataset.classes.index(name)] = weight
     if not weights.any():
-        raise UserError(f"--class-weights {shown(path)}: all weights are 0")
+        raise UserError(f"--class-weights {shown(source)}: all weights are 0")
     return weights
 
 
