@@ -523,7 +523,7 @@ class EpochDataset(Dataset):
         """Look at some data. -> notes on what is odd; UserError if nothing can be learned."""
         return []
 
-    def judge(self, counts):
+    def judge(self, counts, where=""):
         return []
 
 
@@ -621,7 +621,7 @@ def read_mask(path):
                             "mask; export the masks again, as PNG")
         mode, stored = image.mode, str([tile[3] for tile in image.tile])
         mask = np.array(image)
-    if mode == "RGB" and (mask == mask[..., :1]).all():
+    if mode == "RGB" and ";16" not in stored and (mask == mask[..., :1]).all():
         return mask[..., 0]
     if mode.startswith("I"):
         return mask.astype(np.int32)
@@ -849,6 +849,8 @@ CITYSCAPES = [row.split(" ", 2) for row in (
 LAYOUTS = {
     "ADE20K": Layout("images/{}/*", "annotations/{}/*", ("training", "validation")),
     "the original project's": Layout("image/{}/*", "mask/{}/*"),
+    "ADE20K, short names": Layout("images/{}/*", "annotations/{}/*"),
+    "images beside masks": Layout("images/{}/*", "masks/{}/*"),
     "a folder for each split": Layout("{}/images/*", "{}/masks/*"),
     "Cityscapes with labelTrainIds": Layout(
         "leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelTrainIds",
@@ -1013,9 +1015,15 @@ class FolderSegmentation(EpochDataset):
         return distinct_colors(self.num_classes)
 
     def fingerprint(self):
-        """Names and sizes of the files of both splits, wherever they lie, names and ids."""
-        paths = [path for both in self.all_paths for path in both]
-        return fingerprint(self.root, paths, self.classes, self.first_id, self.ids)
+        """Names and sizes of the files of both splits, wherever they lie, names and ids.
+
+        An edited mask may have its old size: some of them are read.
+        """
+        pairs = sorted(self.all_paths)
+        paths = itertools.chain(*pairs)
+        found = fingerprint(self.root, paths, self.classes, self.first_id, self.ids)
+        sums = [zlib.crc32(mask.read_bytes()) for _, mask in some(pairs, 100)]
+        return fingerprint(self.root, [], found, sums)
 
     def count_pixels(self, paths=None):
         """Pixels of each label, (256,), in some masks, this split's if not given."""
@@ -1027,44 +1035,44 @@ class FolderSegmentation(EpochDataset):
         return counts
 
     def check(self, limit=100):
-        """Look at some masks of both splits, evenly spread. -> notes on what is odd, one line each.
+        """Look at some masks of this split, evenly spread. -> notes on what is odd, a line each.
 
-        A data set without a labelled pixel, or of one class, is a UserError: there is nothing to
-        be learned.
+        No labelled pixel, or a single class to learn, is a UserError.
         """
-        masks = [mask for _, mask in self.all_paths]
+        masks = [mask for _, mask in self.paths]
         for looked_at in (some(masks, limit), masks):    # a rare class may be in none of some masks
             counts = self.count_pixels(looked_at)
             if np.count_nonzero(counts[:IGNORED]) > 1:
                 break
-        return self.judge(counts, f"in {len(looked_at)} masks, ")
+        return self.judge(counts, f" in {len(looked_at)} masks")
 
     def judge(self, counts, where=""):
         """Of the number of pixels of each label, (256,): -> notes, or UserError; see `check`."""
         seen, names = np.flatnonzero(counts[:self.num_classes]), list(map(shown, self.classes))
-        if len(seen) < 2:
+        if len(seen) < (2 if self.split == "train" else 1):
             found = [f"class {names[k]} alone" for k in seen] or ["no class at all"]
-            raise UserError(f"{shown(self.root)}: {found[0]} is in the masks, {self._remedy()}")
+            raise UserError(f"{shown(self.root)}: {found[0]} is in the masks of {self.split}, "
+                            + self._remedy())
         notes, missing = [], [name for k, name in enumerate(names) if k not in seen]
         if counts[IGNORED] > 0.5 * counts.sum():
             share = 100 * counts[IGNORED] / counts.sum()
-            notes.append(f"{where}{share:.0f} % of the pixels are ignored")
+            notes.append(f"{share:.0f} % of the pixels{where} are ignored")
         if missing:
-            notes.append(f"{where}{len(missing)} of {self.num_classes} classes do not occur: "
+            notes.append(f"{len(missing)} of {self.num_classes} classes do not occur{where}: "
                          + ", ".join(missing[:5]))
         if missing and self.classes[0] == "class 0":
             notes.append("the ids in the masks skip; a label_map.json {id: class} makes them dense")
         if self.first_id and names[-1] in missing and UNNAMED.fullmatch(names[0]):
             notes.append(f"the last class does not occur, and the first is '{names[0]}': if it is "
                          "id 0 of the masks, leave it out of the names, or pass --zero-is-class")
-        return notes
+        return [f"{self.split}: {note}" for note in notes]
 
     def _remedy(self):
         """What to do about masks that show less than two classes."""
         ids = set()
-        for _, path in some(self.all_paths, 100):
+        for _, path in some(self.paths, 100):
             ids.update(np.unique(read_mask(path)).tolist())
-        remedy = "but at least two are needed"
+        remedy = "at least two classes are needed"
         if self.ids:
             remedy = self.rule
         elif ids <= {0, 255}:
@@ -1717,7 +1725,7 @@ def check_segmentation(datasets):
 
     -> messages on bad files, notes on odd labels, arguments of contact_sheet
     """
-    problems, rows, total = [], [], 0
+    problems, notes, rows = [], [], []
     for split, dataset in datasets.items():
         def measure(index):
             image, labels, _ = dataset[index]
@@ -1729,23 +1737,20 @@ def check_segmentation(datasets):
         if not good:
             continue
         counts = np.stack([result[3] for result in good])
-        total = total + counts.sum(0)
         print("  id in masks  class  pixels %  images")
         for k, name in [*enumerate(dataset.classes), (IGNORED, "(ignored)")]:
             share, images = 100 * counts[:, k].sum() / counts.sum(), (counts[:, k] > 0).sum()
             ids, label = ("", "") if k == IGNORED else (dataset.stored_ids(k), k)
             print(f"  {ids:>11} {label:>6} {share:9.3f} {images:7}  {shown(name)}")
+        try:
+            notes += dataset.judge(counts.sum(0))
+        except UserError as error:
+            problems.append(str(error))
         cells = []
         for _, _, index, _ in some(good, 6):
             image, labels, _ = dataset[index]
             cells.append([fitted(image.permute(1, 2, 0)), fitted(labels)])
         rows += [sum(cells[i:i + 2], []) for i in range(0, len(cells), 2)]
-    notes = []
-    if rows:
-        try:
-            notes = dataset.judge(total)
-        except UserError as error:
-            problems.append(str(error))
     titles = [["image", "labels"] * (max(map(len, rows), default=0) // 2)]
     return problems, notes, (rows, titles, dataset.classes, dataset.colors)
 

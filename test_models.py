@@ -2000,6 +2000,260 @@ def test_an_exif_rotation_is_ignored(tmp_path):
     assert torch.equal(data.FolderSegmentation(tmp_path, "val")[0][0], raw)
 
 
+def gray_png(ids, bits):
+    """A grey PNG of any bit depth, written by hand: Pillow writes 8 and 16."""
+    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    planes = np.unpackbits(ids.astype(">u2").view(np.uint8).reshape(*ids.shape, 2), axis=2)[..., 16 - bits:]
+    rows = np.packbits(planes.reshape(len(ids), -1), axis=1)
+    header = struct.pack(">IIBBBBB", *ids.shape[::-1], bits, 0, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+            + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))) + chunk(b"IEND", b""))
+
+
+def gray_tiff(ids, bits, white_is_zero):
+    rows = np.unpackbits(ids.astype(np.uint8)[..., None], axis=2)[..., 8 - bits:].reshape(len(ids), -1)
+    body = np.packbits(rows, axis=1).tobytes()
+    h, w = ids.shape
+    tags = [(256, w), (257, h), (258, bits), (259, 1), (262, 0 if white_is_zero else 1), (273, 8), (277, 1), (278, h),
+            (279, len(body))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return (struct.pack("<2sHI", b"II", 42, 8 + len(body)) + body
+            + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_masks_are_read_as_stored_at_every_bit_depth(tmp_path, bits):
+    ids = np.random.default_rng(0).integers(0, 2 ** min(bits, 8), (5, 7))
+    (tmp_path / "png.png").write_bytes(gray_png(ids, bits))
+    assert data.read_mask(tmp_path / "png.png").tolist() == ids.tolist()
+    for white_is_zero in (False, True) if bits < 16 else ():
+        (tmp_path / "tiff.tif").write_bytes(gray_tiff(ids, bits, white_is_zero))
+        assert data.read_mask(tmp_path / "tiff.tif").tolist() == ids.tolist()
+
+
+def test_masks_that_may_not_hold_what_was_written(tmp_path):
+    """Lossy formats under any name, and 16 bits a channel, of which Pillow keeps 8."""
+    path, gray = tmp_path / "mask.png", Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    for image, how in ((gray, dict(format="JPEG")), (gray.convert("RGB"), dict(format="WEBP", quality=90)),
+                       (gray, dict(format="TIFF", compression="jpeg"))):
+        image.save(path, **how)
+        refused(lambda: data.read_mask(path), "mask.png", "PNG")
+    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(bytes([0, *[0, 1] * 3, *[0, 2] * 3]))) + chunk(b"IEND", b""))
+    refused(lambda: data.read_mask(path), "mask.png")
+
+
+def set_of(root, ids, zero_is_class=False, names=None, layout=ADE20K, splits=("train", "val"), val=None):
+    """A data set whose masks hold some ids, in equal parts; val: those of the validation masks."""
+    shutil.rmtree(root, ignore_errors=True)
+    make_set(root, layout, images=2, size=(8, 40), ids=1)
+    for split, values in (("train", ids), ("val", val or ids)):
+        for path in (root / layout[split][1]).iterdir():
+            shape = 8, Image.open(path).size[0]
+            Image.fromarray(np.resize(np.array(values, np.uint8), shape)).save(path)
+    if names:
+        (root / "id2label.json").write_text(json.dumps(names))
+    return lambda split="train": data.FolderSegmentation(root, split, zero_is_class=zero_is_class)
+
+
+@pytest.mark.parametrize("ids, zero_is_class, words", [
+    ([0], False, []), ([0], True, []), ([255], False, []), ([255], True, []), ([1], False, []), ([3, 255], True, []),
+    ([0, 255], False, ["--zero-is-class", "255"]), ([0, 255], True, ["255", "1"]),
+    ([0, 1], False, ["--zero-is-class"]), ([0, 1, 255], False, ["--zero-is-class"])])
+def test_label_sets_that_teach_nothing_are_refused(tmp_path, capsys, ids, zero_is_class, words):
+    refused(lambda: set_of(tmp_path / "set", ids, zero_is_class)().check(), tmp_path, *words)
+    with pytest.raises(UserError):
+        data.main([str(tmp_path / "set"), "--out", str(tmp_path / "a.png"), *["--zero-is-class"] * zero_is_class])
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_validation_split_without_labels_is_refused_before_training(tmp_path):
+    dataset = set_of(tmp_path / "set", [1, 2, 3], val=[0, 255])
+    refused(lambda: [dataset(split).check() for split in ("train", "val")], tmp_path)
+
+
+@pytest.mark.parametrize("ids, zero_is_class, names, notes", [
+    ([0, 1], True, None, []), ([0, 1, 2, 255], False, None, []), ([1, 2], False, ["sky", "sea"], []),
+    ([1, 2], False, ["a", "b", "c", "d"], ["2 of 4 classes"]), ([0, 7, 24], True, None, ["skip"]),
+    ([0, 0, 0, 1, 2], False, None, ["60 %"]), ([255, 255, 255, 0, 1], True, None, ["60 %"]),
+    ([0, 1, 2], False, ["unlabeled", "road", "car"], ["1 of 3 classes", "--zero-is-class"]),
+    ([0, 1, 2], False, ["Background", "road", "car"], ["1 of 3 classes", "--zero-is-class"]),
+    ([0, 1, 2], True, ["unlabeled", "road", "car"], [])])
+def test_odd_label_sets_are_noted(tmp_path, ids, zero_is_class, names, notes):
+    found = set_of(tmp_path / "set", ids, zero_is_class, names)().check()
+    assert all("\n" not in note for note in found)
+    for words in notes:
+        assert any(words in note for note in found), found
+    assert bool(found) == bool(notes), found
+
+
+def test_a_rare_class_is_looked_for_in_all_masks(tmp_path):
+    make_set(tmp_path, images=9)
+    dataset = data.FolderSegmentation(tmp_path, "train", zero_is_class=True)
+    for k, (_, mask) in enumerate(dataset.paths):
+        Image.fromarray(np.full((40, 50 + k), int(k == 5), np.uint8)).save(mask)
+    assert dataset.check(limit=2) is not None
+
+
+NAMES = {"table": {"1": "b", "0": "a"}, "list": ["a", "b"], "inverse": {"b": 1, "a": 0},
+         "hub": {"id2label": {"0": "a", "1": "b"}, "model_type": "segformer", "label2id": {"a": 0, "b": 1}}}
+NO_NAMES = ["", "{", "7", "[]", "{}", "null", '{"0": 5.0}', '["a", 1]', '["a", ""]', '["a", " "]', '["a", "b\\nc"]',
+            '["a", "b\\u2028c"]', '{"0": "a", "0": "b"}', '{"0": "a", "00": "b"}', '{"a": 0, "b": 0}', '{"1": "a"}',
+            '{"0": ["a"]}', '{"x": "a"}', '{"4000000000": "a"}', json.dumps(["a" * 20000]), "[" * 100000,
+            '{"id2label": 7}', '{"a": 4000000000}', '{"0": null}']
+
+
+@pytest.mark.parametrize("form", NAMES)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_forms_of_the_names_file(tmp_path, form, mark):
+    dataset = set_of(tmp_path / "set", [1, 2])
+    (tmp_path / "set/id2label.json").write_text(mark + json.dumps(NAMES[form]), "utf-8")
+    assert dataset().classes == ["a", "b"]
+
+
+def test_names_files_and_label_maps_that_are_none(tmp_path):
+    dataset = set_of(tmp_path / "set", [1, 2])
+    for name, texts in (("id2label.json", NO_NAMES),
+                        ("label_map.json", ["", "[]", "{}", '{"a": 0}', '{"1": "a"}', '{"1": -1}', '{"-1": 0}',
+                                            '{"1": 300}', '{"70000": 0}', '{"1": 0, "1": 1}', "[" * 100000])):
+        path = tmp_path / "set" / name
+        for text in texts:
+            path.write_text(text)
+            refused(dataset, name)
+        path.write_bytes("é".encode("latin-1"))
+        refused(dataset, name)
+        path.unlink()
+        os.mkfifo(path)                                             # reading it would wait for ever
+        refused(dataset, name)
+        path.unlink()
+
+
+SPLIT_FIRST = {split: (f"{split}/images", f"{split}/masks") for split in ("train", "val")}
+NESTED = {"train": ("images/training/a/b", "annotations/training/a/b"),
+          "val": ("images/validation/c", "annotations/validation/c")}
+
+
+@pytest.mark.parametrize("layout", [SPLIT_FIRST, NESTED])
+def test_other_layouts(tmp_path, capsys, layout):
+    dataset = set_of(tmp_path / "set", [1, 2, 3], layout=layout)
+    for split in ("train", "val"):
+        assert len(dataset(split)) == 2 and dataset(split)[1][1].unique().tolist() == [0, 1, 2]
+    data.main([str(tmp_path / "set"), "--out", str(tmp_path / "a.png")])
+    out = capsys.readouterr().out
+    assert "layout: " in out and "class k-1" in out
+
+
+@pytest.mark.parametrize("kinds", [["labelIds"], ["labelTrainIds"], ["labelIds", "labelTrainIds", "instanceIds"]])
+def test_cityscapes_as_downloaded(tmp_path, kinds):
+    stored = {"labelIds": [0, 7, 8, 26, 33, 4], "labelTrainIds": [255, 0, 1, 13, 18, 255], "instanceIds": [9] * 6}
+    for split, city in (("train", "ulm"), ("val", "bonn")):
+        for tree in ("leftImg8bit", "gtFine"):
+            (tmp_path / tree / split / city).mkdir(parents=True)
+        for i in range(2):
+            stem = f"{city}/{city}_00000{i}_000019"
+            Image.new("RGB", (6, 1)).save(tmp_path / f"leftImg8bit/{split}/{stem}_leftImg8bit.png")
+            for kind in kinds:
+                mask = Image.fromarray(np.array([stored[kind]], np.uint8))
+                mask.save(tmp_path / f"gtFine/{split}/{stem}_gtFine_{kind}.png")
+    dataset = data.FolderSegmentation(tmp_path, "val")
+    assert len(dataset) == 2 and dataset[0][1].tolist() == [[255, 0, 1, 13, 18, 255]]
+    assert (dataset.num_classes, dataset.classes[13], dataset.first_id) == (19, "car", 0)
+    assert dataset.colors[13].tolist() == [0, 0, 142]
+    refused(lambda: data.FolderSegmentation(tmp_path, "val", zero_is_class=True), "--zero-is-class")
+
+
+def test_a_label_map_goes_before_the_rule(tmp_path):
+    dataset = set_of(tmp_path / "set", [0, 7, 8, 200, 255], names=["a", "b"])
+    (tmp_path / "set/label_map.json").write_text('{"0": 1, "8": 0, "255": 1, "40000": 0}')
+    assert dataset()[0][1][0, :5].tolist() == [1, 255, 0, 255, 1] and dataset().first_id == 0
+    write_mask(tmp_path / "set/annotations/training/0.png", np.resize([8, 40000, 65535, 256], (8, 40)), "I;16")
+    assert dataset()[0][1][0, :4].tolist() == [0, 0, 255, 255]
+    (tmp_path / "set/label_map.json").write_text('{"0": 2}')
+    refused(dataset, "2", "2 classes")
+
+
+def test_masks_named_after_their_images(tmp_path, capsys):
+    """IMG_1_mask.png beside IMG_1.jpg; an accent stored in one character here and in two there."""
+    dataset = set_of(tmp_path / "set", [1, 2])
+    for split in ("training", "validation"):
+        folders = [tmp_path / "set" / kind / split for kind in ("images", "annotations")]
+        for old, new in (("0", "caf\u00e9_1"), ("1", "caf\u00e9_11")):
+            (folders[0] / f"{old}.jpg").rename(folders[0] / f"{new}.jpg")
+            (folders[1] / f"{old}.png").rename(folders[1] / f"{new.replace(chr(233), 'e' + chr(769))}_mask.png")
+    assert [image.size()[2] for image, *_ in dataset()] == [40, 41]
+    next((tmp_path / "set/annotations/training").iterdir()).unlink()
+    refused(dataset, "no mask", "_mask.png")
+
+
+def test_what_is_there_where_nothing_is_found(tmp_path):
+    dataset = set_of(tmp_path / "set", [1, 2])
+    shutil.move(tmp_path / "set/annotations/training", tmp_path / "set/annotations/other")
+    refused(dataset, "annotations/training", "other/")
+    (tmp_path / "set/annotations/training").mkdir()
+    for name in ("0.jpg", "1.jpg"):
+        (tmp_path / "set/annotations/training" / name).write_text("")
+    refused(dataset, "annotations/training", ".jpg")
+    (tmp_path / "strange/pictures").mkdir(parents=True)
+    refused(lambda: data.FolderSegmentation(tmp_path / "strange", "val"), "strange", "pictures/")
+
+
+def test_huge_ids_cost_no_memory(tmp_path):
+    for value in (70000, 2 ** 31 - 1, -1):
+        dataset = set_of(tmp_path / "set", [1, 2])
+        mask = np.full((8, 40), value)
+        (tmp_path / "set/annotations/training/0.png").unlink()
+        write_mask(tmp_path / "set/annotations/training/0.tif", mask, "I")
+        refused(lambda: dataset()[0], "0.tif", str(value))
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    for name in ("images/training/0.jpg", "annotations/training/0.png"):
+        dataset = set_of(tmp_path / "set", [1, 2])()
+        (tmp_path / "set" / name).unlink()
+        os.mkfifo(tmp_path / "set" / name)
+        refused(lambda: dataset[0], name, "regular")
+        (tmp_path / "set" / name).unlink()
+        (tmp_path / "set" / name).symlink_to("/dev/zero")
+        refused(lambda: dataset[0], name, "regular")
+
+
+def test_fingerprints_follow_the_data_and_not_its_place(tmp_path):
+    dataset = set_of(tmp_path / "set", [1, 2])
+    first = dataset().fingerprint()
+    assert first == dataset("val").fingerprint()
+    shutil.copytree(tmp_path / "set", tmp_path / "moved")
+    assert data.FolderSegmentation(tmp_path / "moved", "train").fingerprint() == first
+    mask = tmp_path / "set/annotations/validation/0.png"
+    seen, bytes_before = {first}, mask.read_bytes()
+    changes = [lambda: (tmp_path / "set/id2label.json").write_text('["a", "b"]'),
+               lambda: (tmp_path / "set/id2label.json").write_text('["a", "c"]'),
+               lambda: (tmp_path / "set/label_map.json").write_text('{"1": 0, "2": 1}'),
+               lambda: mask.write_bytes(bytes_before[:-1] + b"\0"),      # edited: of the same size
+               lambda: [p.rename(p.with_stem("9")) for p in (tmp_path / "set/images/training/1.jpg",
+                                                            tmp_path / "set/annotations/training/1.png")]]
+    for change in changes:
+        change()
+        seen.add(dataset().fingerprint())
+    assert len(seen) == 1 + len(changes)
+    assert data.Shapes("val").fingerprint() == "" and data.Shapes("val").check() == []
+
+
+def test_class_weights(tmp_path):
+    dataset = set_of(tmp_path / "set", [1, 1, 1, 1, 2, 0, 0, 0], names=["a", "b", "never"])()
+    weights = data.class_weights(dataset, "balanced")
+    assert weights.shape == (3,) and weights.dtype == torch.float32 and weights.isfinite().all()
+    assert weights[1] / weights[0] == pytest.approx(2)              # a fourth of the pixels: twice the weight
+    path = tmp_path / "w.json"
+    path.write_text('{"b": 2.5, "a": 0}')
+    assert data.class_weights(dataset, str(path)).tolist() == [0, 2.5, 1]
+    for text in ('{"b": -1}', '{"b": "2"}', '{"b": NaN}', '{"b": Infinity}', '{"b": true}', '{"c": 1}', "[1, 2]", "{",
+                 '{"a": 0, "b": 0, "never": 0}'):
+        path.write_text(text)
+        refused(lambda: data.class_weights(dataset, str(path)), "w.json")
+    refused(lambda: data.class_weights(dataset, str(tmp_path / "none")), "none")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # data.py: training views
 # ---------------------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def main(argv=None):
     if rank == 0:
         lock = models.lock_folder(output)       # held for as long as this variable lives
         state = models.find_state(output, args.resume, settings)
-        for note in train_set.check():
+        for note in train_set.check() + val_set.check():
             print(f"note: {note}")
     state = data.broadcast(state)
 
