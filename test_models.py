@@ -37,6 +37,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import zipfile
 import zlib
 from dataclasses import replace
@@ -1250,8 +1251,11 @@ def test_checkpoints_round_trip_and_are_atomic(tmp_path, monkeypatch):
     assert str(again.spec) == "segformer_b0-head=mlp_concat" and again.num_classes == 3
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
     content = path.read_bytes()
-    monkeypatch.setattr(models.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    refused(lambda: models.save_checkpoint(path, {"spec": 1, "model": 2}), "No space left")
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:                # the module's own os: pytest needs the real one
+        patch.setattr(models, "os", types.SimpleNamespace(**vars(os) | {"replace": full}))
+        refused(lambda: models.save_checkpoint(path, {"spec": 1, "model": 2}), "No space left")
     assert path.read_bytes() == content and not list(tmp_path.glob("*.part"))
     refused(lambda: models.restore({"spec": {"name": "segformer_b0"}, "model": {}}), "description")
 
