@@ -434,18 +434,24 @@ def train_loader(dataset, batch_size, processes, seed, workers, repeats=1):
     if len(sampler) < batch_size:
         raise UserError(f"--batch-size {batch_size}: {len(dataset)} images on {processes.world} "
                         "processes do not fill one batch; use a smaller one")
+    options = _workers(workers, processes.device)
     return DataLoader(dataset, batch_size, sampler=sampler, drop_last=True,
-                      persistent_workers=workers > 0, pin_memory=processes.device.type == "cuda",
-                      **_workers(workers))
+                      persistent_workers=options["num_workers"] > 0,
+                      pin_memory=processes.device.type == "cuda", **options)
 
 
 def eval_loader(dataset, batch_size, processes, workers):
     """Every index once over all ranks, without padding; a batch is a list of items of any sizes."""
     shard = range(processes.rank, len(dataset), processes.world)
-    return DataLoader(dataset, batch_size, sampler=shard, collate_fn=list, **_workers(workers))
+    return DataLoader(dataset, batch_size, sampler=shard, collate_fn=list,
+                      **_workers(workers, processes.device))
 
 
-def _workers(count):
+def _workers(count, device):
+    """A loader's options. count None: a GPU's share of the cores, at most 8; 2 on the CPU."""
+    if count is None:
+        share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        count = min(8, share) if device.type == "cuda" else 2
     # The loader draws its workers' seeds from `generator`: its own leaves the run's stream alone.
     return {"num_workers": count, "generator": torch.Generator().manual_seed(0),
             "worker_init_fn": partial(_start_worker, STOP.process is not None)}
@@ -456,13 +462,6 @@ def _start_worker(deaf, _):
     keep_memory(False)
     if deaf:
         handle(signal.SIG_IGN)
-
-
-def default_workers(device):
-    """Loader processes for each training process: a GPU's share of the cores, at most 8."""
-    if device.type == "cpu":
-        return 2
-    return min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def set_epoch(loader, epoch, start=0):

@@ -2494,6 +2494,16 @@ def test_an_epoch_goes_on_in_its_middle_without_loading_what_was_used(tmp_path):
     assert torch.equal(last, batches[-1]) and dataset.paths.reads == 1
 
 
+def test_loaders_without_a_number_of_workers(monkeypatch):
+    monkeypatch.setattr(data, "cores", lambda: 24)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for device, workers in (("cuda", 6), ("cpu", 2)):
+        processes = data.Processes(world=4, device=torch.device(device))
+        for make in (data.eval_loader, lambda *args: data.train_loader(*args[:3], 0, args[3])):
+            assert make(range(9), 2, processes, None).num_workers == workers
+            assert make(range(9), 2, processes, 1).num_workers == 1
+
+
 def test_seeds_of_steps_differ_and_have_any_size():
     keys = [(seed, step, rank) for seed in (0, 1, 10 ** 30) for step in (0, 1, 10 ** 6) for rank in (0, 1)]
     seeds = [data.seed_of(*key) for key in keys]
