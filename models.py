@@ -871,18 +871,18 @@ def training_parser(description, recipe, quick):
             help = f"{help} (default {recipe[key]} [{quick[key]}])"
         parser.add_argument(flag, help=help, **options)
 
-    add_model_arguments(parser)
+    add_model_arguments(parser, f"{recipe['model']} [{quick['model']}]")
     parser.set_defaults(model=None)
     add("--drop-path", type=share,
         help="stochastic depth of the last block (default: the model's own [0])")
     add("--pretrain", help="weights to start from: a best.pt, a public file, a Hugging Face folder")
-    add("--epochs", type=positive_int)
+    add("--epochs", type=positive_int, help="passes over the training set")
     add("--batch-size", type=positive_int, help="images per process and pass; without a value the "
         "processes and passes share the recipe's")
     add("--accum", type=positive_int, default=1,
         help="passes per step: effective batch = batch size x processes x passes (default 1)")
     add("--lr", type=positive, help="learning rate of the encoder")
-    add("--weight-decay", type=non_negative)
+    add("--weight-decay", type=non_negative, help="of matrices and kernels")
     add("--warmup", type=steps_or_epochs, metavar="N|Ne",
         help="linear warm-up in steps, or in epochs: 5e (default 1500, at most 5 %% of all)")
     add("--clip", type=positive, help="largest norm of the gradient")
@@ -894,7 +894,8 @@ def training_parser(description, recipe, quick):
     add("--checkpointing", action="store_true",
         help="compute each block again in the backward pass: slower, in much less memory")
     add("--deterministic", action="store_true", help="the same bits at every run on CUDA, slower")
-    add("--eval-every", type=positive_int, default=1, metavar="EPOCHS", help="(default 1)")
+    add("--eval-every", type=positive_int, default=1, metavar="EPOCHS",
+        help="validate after so many epochs (default 1)")
     add("--save-every", type=positive_int, default=500, metavar="STEPS",
         help="write last.pt within an epoch too (default 500)")
     add("--seed", type=count, default=0, help="of weights, order, augmentation and dropout")
