@@ -614,10 +614,10 @@ def read_json(path):
 def read_mask(path):
     """A mask's ids as they are stored: (H, W) uint8 or int32. Palette masks give indices."""
     with opened(path, any_depth=True) as image:
-        if (image.format not in ("PNG", "BMP", "TIFF", "PPM", "GIF")
+        if (image.format not in ("PNG", "BMP", "TIFF")
                 or image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")):
-            raise UserError(f"{shown(path)}: {image.format} compression may change the ids of a "
-                            "mask; export the masks again, as PNG")
+            raise UserError(f"{shown(path)}: stored as {image.format}, which may change the ids of "
+                            "a mask; export the masks again, as PNG")
         mode, stored = image.mode, str([tile[3] for tile in image.tile])
         mask = np.array(image)
     if mode == "RGB" and ";16" not in stored and (mask == mask[..., :1]).all():
@@ -654,13 +654,11 @@ def scan(folder, suffixes, end=""):
     -> {stem: path}, sorted, where a stem has its sub-folders before it and a letter with an accent
     is one character (a Mac writes two); messages on files of one stem. Hidden files are skipped.
     """
+    if not os.path.isdir(folder):
+        raise UserError(f"{shown(folder)}: no such folder; every split needs it; {contents(folder)}")
     found, problems = {}, []
-    try:
-        names = [os.path.relpath(os.path.join(place, name), folder)
-                 for place, _, files in os.walk(folder, onerror=_raise) for name in files]
-    except OSError as error:
-        raise UserError(f"{shown(error.filename)}: {error.strerror}; every split needs this "
-                        f"folder; {contents(folder)}") from None
+    names = [os.path.relpath(os.path.join(place, name), folder)
+             for place, _, files in os.walk(folder, onerror=_raise) for name in files]
     for name in sorted(names):
         stem, suffix = os.path.splitext(name)
         if suffix.lower() not in suffixes or not stem.endswith(end) or "/." in "/" + name:

@@ -1904,12 +1904,11 @@ def test_an_id_beyond_the_classes_is_named(tmp_path, value, zero_is_class, fits)
         refused(lambda: dataset[0], "annotations/validation/0.png", f"id {value} ", "7 classes")
 
 
-def png_header(width, height):
-    """The head of a PNG of any size: a bomb in 60 bytes."""
+def png(width, height, bits, kind, pixels):
+    """A PNG of any size and bit depth, kind 0 grey or 2 RGB; without pixels a bomb in 60 bytes."""
     chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", b"")
-            + chunk(b"IEND", b""))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b""))
 
 
 BAD_FILES = {               # name: (file, how it is spoilt: path -> None, words of the message)
@@ -1918,8 +1917,8 @@ BAD_FILES = {               # name: (file, how it is spoilt: path -> None, words
     "text": ("images/validation/1.jpg", lambda p: p.write_text("<html>"), ["not an image"]),
     "empty": ("images/validation/1.jpg", lambda p: p.write_bytes(b""), ["not an image"]),
     "vanished": ("images/validation/1.jpg", lambda p: p.unlink(), ["No such file"]),
-    "bomb": ("images/validation/1.jpg", lambda p: p.write_bytes(png_header(20000, 20000)), ["bomb"]),
-    "large": ("annotations/validation/1.png", lambda p: p.write_bytes(png_header(10000, 10000)), ["bomb"]),
+    "bomb": ("images/validation/1.jpg", lambda p: p.write_bytes(png(20000, 20000, 8, 2, b"")), ["bomb"]),
+    "large": ("annotations/validation/1.png", lambda p: p.write_bytes(png(10000, 10000, 8, 2, b"")), ["bomb"]),
     "16 bits": ("images/validation/1.jpg", lambda p: Image.fromarray(np.zeros((40, 51), np.uint16)).save(p, "PNG"),
                 ["16-bit"]),
     "size": ("annotations/validation/1.png", lambda p: Image.new("L", (40, 51)).save(p), ["40x51", "51x40", "1.jpg"]),
@@ -2004,20 +2003,14 @@ def test_an_exif_rotation_is_ignored(tmp_path):
     assert torch.equal(data.FolderSegmentation(tmp_path, "val")[0][0], raw)
 
 
-def gray_png(ids, bits):
-    """A grey PNG of any bit depth, written by hand: Pillow writes 8 and 16."""
-    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+def packed(ids, bits):
+    """Rows of numbers, packed into bytes."""
     planes = np.unpackbits(ids.astype(">u2").view(np.uint8).reshape(*ids.shape, 2), axis=2)[..., 16 - bits:]
-    rows = np.packbits(planes.reshape(len(ids), -1), axis=1)
-    header = struct.pack(">IIBBBBB", *ids.shape[::-1], bits, 0, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-            + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))) + chunk(b"IEND", b""))
+    return [row.tobytes() for row in np.packbits(planes.reshape(len(ids), -1), axis=1)]
 
 
 def gray_tiff(ids, bits, white_is_zero):
-    rows = np.unpackbits(ids.astype(np.uint8)[..., None], axis=2)[..., 8 - bits:].reshape(len(ids), -1)
-    body = np.packbits(rows, axis=1).tobytes()
-    h, w = ids.shape
+    (h, w), body = ids.shape, b"".join(packed(ids, bits))
     tags = [(256, w), (257, h), (258, bits), (259, 1), (262, 0 if white_is_zero else 1), (273, 8), (277, 1), (278, h),
             (279, len(body))]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
@@ -2028,7 +2021,7 @@ def gray_tiff(ids, bits, white_is_zero):
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 def test_masks_are_read_as_stored_at_every_bit_depth(tmp_path, bits):
     ids = np.random.default_rng(0).integers(0, 2 ** min(bits, 8), (5, 7))
-    (tmp_path / "png.png").write_bytes(gray_png(ids, bits))
+    (tmp_path / "png.png").write_bytes(png(7, 5, bits, 0, b"".join(b"\0" + row for row in packed(ids, bits))))
     assert data.read_mask(tmp_path / "png.png").tolist() == ids.tolist()
     for white_is_zero in (False, True) if bits < 16 else ():
         (tmp_path / "tiff.tif").write_bytes(gray_tiff(ids, bits, white_is_zero))
@@ -2042,13 +2035,13 @@ def test_masks_that_may_not_hold_what_was_written(tmp_path):
                        (gray, dict(format="TIFF", compression="jpeg"))):
         image.save(path, **how)
         refused(lambda: data.read_mask(path), "mask.png", "PNG")
-    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
-                     + chunk(b"IDAT", zlib.compress(bytes([0, *[0, 1] * 3, *[0, 2] * 3]))) + chunk(b"IEND", b""))
+    path.write_bytes(png(2, 1, 16, 2, bytes([0, *[0, 1] * 3, *[0, 2] * 3])))
     refused(lambda: data.read_mask(path), "mask.png")
+    path.write_bytes(b"P5 2 1 3 " + bytes([1, 2]))                  # PGM: Pillow spreads 0..3 over 0..255
+    refused(lambda: data.read_mask(path), "mask.png", "PPM")
 
 
-def set_of(root, ids, zero_is_class=False, names=None, layout=ADE20K, splits=("train", "val"), val=None):
+def set_of(root, ids, zero_is_class=False, names=None, layout=ADE20K, val=None):
     """A data set whose masks hold some ids, in equal parts; val: those of the validation masks."""
     shutil.rmtree(root, ignore_errors=True)
     make_set(root, layout, images=2, size=(8, 40), ids=1)
