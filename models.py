@@ -729,28 +729,25 @@ def read_safetensors(path):
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         refuse("its metadata are not texts")
-    entries, end, start = {}, 0, 8 + length
+    tensors, end, start = {}, 0, 8 + length
     try:
-        for name, entry in header.items():
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
             shape, dtype = entry["shape"], SAFETENSORS[entry["dtype"]]
             numbers = [*shape, first, last]
             if len(numbers) > 32 or not all(type(n) is int and 0 <= n <= total for n in numbers):
                 refuse(f"{name}: a size or offset is out of range")
-            entries[name] = first, last, shape, dtype
+            size = math.prod(shape)
+            if first != end or last - first != size * dtype.itemsize or start + last > total:
+                refuse(f"{name}: its bytes {first}:{last} overlap, leave a hole, or do not fit its "
+                       f"shape {shape} or the file")
+            end = last
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            if size:
+                tensors[name] = torch.frombuffer(raw, dtype=dtype, count=size,
+                                                 offset=start + first).view(shape)
     except (KeyError, TypeError, ValueError):
         refuse("an entry lacks a known dtype, a shape or two offsets")
-    tensors = {}
-    for name, (first, last, shape, dtype) in sorted(entries.items(), key=lambda e: e[1][:2]):
-        size = math.prod(shape)
-        if first != end or last - first != size * dtype.itemsize or start + last > total:
-            refuse(f"{name}: its bytes {first}:{last} overlap, leave a hole, or do not fit its "
-                   f"shape {shape} or the file")
-        end = last
-        tensors[name] = torch.empty(shape, dtype=dtype)
-        if size:
-            tensors[name] = torch.frombuffer(raw, dtype=dtype, count=size,
-                                             offset=start + first).view(shape)
     if start + end != total:
         refuse(f"{total - start - end} bytes behind the last tensor")
     return tensors
@@ -924,8 +921,9 @@ def settle_arguments(args, recipe, quick, processes):
         setattr(args, key, value)
     if args.sync_bn and not on_cuda:
         raise UserError("--sync-bn: PyTorch has it for CUDA only; leave it out on the CPU")
-    if args.sync_bn and args.compile:
-        raise UserError("--sync-bn with --compile: PyTorch cannot compile it; leave one out")
+    for flag, given in (("--sync-bn", args.sync_bn), ("--checkpointing", args.checkpointing)):
+        if given and args.compile:
+            raise UserError(f"{flag} with --compile: PyTorch cannot compile it; leave one out")
     if args.deterministic and not on_cuda:
         raise UserError("--deterministic has no effect on the CPU, where every run gives the same "
                         "bits; leave it out")
