@@ -1260,6 +1260,42 @@ def test_checkpoints_round_trip_and_are_atomic(tmp_path, monkeypatch):
     refused(lambda: models.restore({"spec": {"name": "segformer_b0"}, "model": {}}), "description")
 
 
+ODD_FILE_SYSTEM = """
+import errno, os, pathlib, stat, sys
+sys.path.insert(0, {here!r})
+import models
+folder, sync = pathlib.Path(sys.argv[1]), os.fsync
+def no_folders(file):
+    if stat.S_ISDIR(os.fstat(file).st_mode):
+        raise OSError(errno.EINVAL, "Invalid argument")
+    sync(file)
+def no_locks(*_):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+models.os.fsync, models.fcntl.lockf = no_folders, no_locks
+lock = models.lock_folder(folder)
+models.write_log(folder, [{{"epoch": 1}}])
+with models.tolerated(folder / "picture.png"):
+    raise ValueError("first line\\nsecond line")
+print(os.getpid() == int((folder / ".lock").read_text().split()[1]))
+(folder / "best.pt").mkdir()
+try:
+    models.lock_folder(folder)
+except models.UserError as error:
+    print(error)
+"""
+
+
+def test_file_systems_without_locks_or_fsync_of_folders(tmp_path):
+    """In a process of its own, whose os and fcntl are those of Lustre and CIFS."""
+    done = subprocess.run([sys.executable, "-c", ODD_FILE_SYSTEM.format(here=HERE), tmp_path / "run"], text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "cannot be locked (Function not implemented)" in lines[0] and "picture.png" in lines[1]
+    assert "first line" in lines[1] and lines[2] == "True" and "best.pt: a folder" in lines[-1]
+    assert (tmp_path / "run/log.jsonl").read_text() == '{"epoch": 1}\n'
+
+
 class Bomb:
     def __reduce__(self):
         return (print, ("code was run",))
