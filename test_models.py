@@ -37,7 +37,6 @@ import struct
 import subprocess
 import sys
 import time
-import types
 import zipfile
 import zlib
 from dataclasses import replace
@@ -1254,7 +1253,7 @@ def test_checkpoints_round_trip_and_are_atomic(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch:                # the module's own os: pytest needs the real one
-        patch.setattr(models, "os", types.SimpleNamespace(**vars(os) | {"replace": full}))
+        patch.setattr(models, "os", SimpleNamespace(**vars(os) | {"replace": full}))
         refused(lambda: models.save_checkpoint(path, {"spec": 1, "model": 2}), "No space left")
     assert path.read_bytes() == content and not list(tmp_path.glob("*.part"))
     refused(lambda: models.restore({"spec": {"name": "segformer_b0"}, "model": {}}), "description")
@@ -2138,7 +2137,7 @@ NO_NAMES = ["", "{", "7", "[]", "{}", "null", '{"0": 5.0}', '["a", 1]', '["a", "
 
 
 @pytest.mark.parametrize("form", NAMES)
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte-order mark"])
 def test_forms_of_the_names_file(tmp_path, form, mark):
     dataset = set_of(tmp_path / "set", [1, 2])
     (tmp_path / "set/id2label.json").write_text(mark + json.dumps(NAMES[form]), "utf-8")

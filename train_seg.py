@@ -7,7 +7,6 @@
 curve.png and samples.png; the same command started again continues there, in the middle of an
 epoch too, on a CPU with the same bits as if the run had never stopped.
 """
-import argparse
 import contextlib
 import copy
 import math
