@@ -644,8 +644,9 @@ def contents(folder):
     folders = sorted(shown(entry.name) + "/" for entry in entries if entry.is_dir())
     suffixes = Counter(Path(entry.name).suffix for entry in entries if not entry.is_dir())
     files = [f"{n} {shown(suffix or 'other')} files" for suffix, n in suffixes.most_common(5)]
-    more = ["..."] if len(folders) > 5 else []
-    return f"{shown(folder)} holds {', '.join([*folders[:5], *more, *files]) or 'nothing'}"
+    if len(folders) > 5:
+        folders[5:] = ["..."]
+    return f"{shown(folder)} holds {', '.join(folders + files) or 'nothing'}"
 
 
 def scan(folder, suffixes, end=""):
@@ -655,7 +656,8 @@ def scan(folder, suffixes, end=""):
     is one character (a Mac writes two); messages on files of one stem. Hidden files are skipped.
     """
     if not os.path.isdir(folder):
-        raise UserError(f"{shown(folder)}: no such folder; every split needs it; {contents(folder)}")
+        raise UserError(f"{shown(folder)}: no such folder, but every split needs it; "
+                        + contents(folder))
     found, problems = {}, []
     names = [os.path.relpath(os.path.join(place, name), folder)
              for place, _, files in os.walk(folder, onerror=_raise) for name in files]
@@ -679,13 +681,8 @@ def fingerprint(root, paths, *texts):
     """16 characters that depend on names below root, on sizes of files, and on texts."""
     digest = hashlib.sha256()
     for path in sorted(paths):
-        try:
-            size = os.stat(path).st_size
-        except OSError as error:
-            raise UserError(f"{shown(path)}: {error.strerror}; repair or remove it") from None
-        digest.update(os.fsencode(f"{os.path.relpath(path, root)}\n{size}\n"))
-    for text in texts:
-        digest.update(json.dumps(text).encode())
+        digest.update(os.fsencode(f"{os.path.relpath(path, root)}\n{os.stat(path).st_size}\n"))
+    digest.update(json.dumps(texts).encode())
     return digest.hexdigest()[:16]
 
 
@@ -985,15 +982,9 @@ class FolderSegmentation(EpochDataset):
         """Of the masks of both splits, which must agree on the number of classes."""
         largest = -1
         for _, path in progress(self.all_paths, "looking for class ids"):
-            try:
+            with suppress(UserError):    # it is reported when it is read for its pixels
                 mask = read_mask(path)
-            except UserError:    # it is reported, with its name, when it is read for its pixels
-                continue
-            largest = max(largest, int(mask.max(initial=0, where=mask != IGNORED)))
-            if largest > IGNORED or mask.min() < 0:
-                bad = mask[(mask < 0) | (mask > IGNORED)][0]
-                raise UserError(f"{shown(path)}: label id {bad}; ids are 0..254, 255 is ignored; "
-                                "correct the mask, or say in label_map.json what its ids mean")
+                largest = max(largest, int(mask.max(initial=0, where=mask < IGNORED)))
         return largest
 
     def _colors(self, is_cityscapes):
@@ -1017,19 +1008,16 @@ class FolderSegmentation(EpochDataset):
         An edited mask may have its old size: some of them are read.
         """
         pairs = sorted(self.all_paths)
-        paths = itertools.chain(*pairs)
-        found = fingerprint(self.root, paths, self.classes, self.first_id, self.ids)
         sums = [zlib.crc32(mask.read_bytes()) for _, mask in some(pairs, 100)]
-        return fingerprint(self.root, [], found, sums)
+        rule = self.classes, self.first_id, self.ids
+        return fingerprint(self.root, itertools.chain(*pairs), sums, rule)
 
     def count_pixels(self, paths=None):
         """Pixels of each label, (256,), in some masks, this split's if not given."""
         masks = paths or [mask for _, mask in self.paths]
-        counts = np.zeros(256, np.int64)
         with ThreadPoolExecutor() as pool:
-            for labels in progress(pool.map(self.labels, masks), "masks", total=len(masks)):
-                counts += np.bincount(labels.ravel(), minlength=256)
-        return counts
+            labels = progress(pool.map(self.labels, masks), "masks", total=len(masks))
+            return sum(np.bincount(part.ravel(), minlength=256) for part in labels)
 
     def check(self, limit=100):
         """Look at some masks of this split, evenly spread. -> notes on what is odd, a line each.
@@ -1099,11 +1087,8 @@ def find_layout(root):
 
 
 def _has_files(root, pattern, splits):
-    for split in splits:
-        folder, name = os.path.split(pattern.format(split))
-        if next((root / folder).rglob(name + ".*"), None):
-            return True
-    return False
+    paths = [root / pattern.format(split) for split in splits]
+    return any(next(path.parent.rglob(path.name + ".*"), None) for path in paths)
 
 
 def pair(root, layout, split):
@@ -1121,14 +1106,10 @@ def pair(root, layout, split):
     (images, image_folder, image_end), (masks, mask_folder, mask_end) = found
     added = common_end(images, masks)
     masks = {stem.removesuffix(added): path for stem, path in masks.items()}
-    for stem, path in images.items():
-        if stem not in masks:
-            partner = shown(f"{mask_folder}/{stem}{added}{mask_end}.png")
-            problems.append(f"{shown(path)}: no mask {partner}; add it or remove the image")
-    for stem, path in masks.items():
-        if stem not in images:
-            partner = shown(f"{image_folder}/{stem}{image_end}.*")
-            problems.append(f"{shown(path)}: no image {partner}; add it or remove the mask")
+    problems += [f"{shown(path)}: no mask {shown(f'{mask_folder}/{stem}{added}{mask_end}.png')}; "
+                 "add it or remove the image" for stem, path in images.items() if stem not in masks]
+    problems += [f"{shown(path)}: no image {shown(f'{image_folder}/{stem}{image_end}.*')}; "
+                 "add it or remove the mask" for stem, path in masks.items() if stem not in images]
     return [(images[stem], masks[stem]) for stem in images if stem in masks], problems
 
 
@@ -1206,19 +1187,19 @@ def class_weights(dataset, source):
         counts = dataset.count_pixels()[:dataset.num_classes]
         weights = np.maximum(counts, counts[counts > 0].min()) ** -0.5
         return torch.tensor(weights * counts.sum() / (weights * counts).sum()).float()
+    flag = f"--class-weights {shown(source)}"
     table, weights = read_json(Path(source)), torch.ones(dataset.num_classes)
     if not isinstance(table, dict):
-        raise UserError(f'--class-weights {shown(source)}: must be {{"class": weight, ...}}')
+        raise UserError(f'{flag}: must be {{"class": weight, ...}}')
     for name, weight in table.items():
         if name not in dataset.classes:
-            raise UserError(f"--class-weights {shown(source)}: no class is called "
-                            f"{shown(name)[:60]}; the first is {shown(dataset.classes[0])}")
+            raise UserError(f"{flag}: no class is called {shown(name)[:60]}; the first is "
+                            + shown(dataset.classes[0]))
         if type(weight) not in (int, float) or not 0 <= weight < 1e6:
-            raise UserError(f"--class-weights {shown(source)}: the weight of {shown(name)} must be "
-                            "a number of at least 0")
+            raise UserError(f"{flag}: the weight of {shown(name)} must be a number of at least 0")
         weights[dataset.classes.index(name)] = weight
     if not weights.any():
-        raise UserError(f"--class-weights {shown(source)}: all weights are 0")
+        raise UserError(f"{flag}: all weights are 0")
     return weights
 
 
