@@ -481,14 +481,28 @@ def take(batches, count, device):
     return taken
 
 
+PAUSE = 30      # seconds between two lines of progress in a file
+
+
+class Lines:
+    """Where stderr is a file, such as a cluster's log: a line for each time that a bar is drawn."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 def progress(iterable, title, rank=0, total=None):
-    """A tqdm bar in the terminal of process 0; in a file (a cluster's log) a line each half minute.
+    """A tqdm bar in the terminal of process 0; in a file a line each half minute.
 
     Give set_postfix refresh=False: it would draw the bar each time.
     """
-    pause = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(iterable, title, total, leave=False, disable=rank > 0, mininterval=pause,
-                maxinterval=max(10, pause), delay=pause)
+    file, pause = (None, 0.1) if sys.stderr.isatty() else (Lines(), PAUSE)
+    return tqdm(iterable, title, total, leave=False, file=file, mininterval=pause,
+                maxinterval=max(10, pause), delay=pause, disable=rank > 0)
 
 
 class EpochDataset(Dataset):

@@ -2540,9 +2540,13 @@ def test_seeds_of_steps_differ_and_have_any_size():
         torch.Generator().manual_seed(seed)
 
 
-def test_progress_in_a_file_is_no_bar(capsys):
+def test_progress_in_a_file_is_no_bar(monkeypatch, capsys):
     assert list(data.progress(range(3), "counting")) == [0, 1, 2]
     assert capsys.readouterr().err == ""                            # it was done within half a minute
+    monkeypatch.setattr(data, "PAUSE", 1e-9)
+    assert list(data.progress(range(3), "counting")) == [0, 1, 2]
+    lines = capsys.readouterr().err.split("\n")
+    assert lines.pop() == "" and lines and all(line.startswith("counting: ") and "\r" not in line for line in lines)
 
 
 # What happens to a script, each in a fork of one process that has imported torch. -> {name: [exit status, stderr]}
