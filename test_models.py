@@ -2556,11 +2556,11 @@ import errno, json, os, signal, sys, tempfile, time
 import torch, torch.distributed as dist
 import data
 
-heard, told = os.pipe()
 results = {}
 
 def fork(function, **env):
-    file = tempfile.TemporaryFile()
+    global heard, told
+    (heard, told), file = os.pipe(), tempfile.TemporaryFile()
     process = os.fork()
     if process:
         return process, file
@@ -2611,14 +2611,14 @@ def load(error=None):
     assert sum(data.eval_loader(Items(error), 2, data.Processes(), 1), []) == [0, 1, 2]
 
 def group():
-    rank = data.start("cpu", 1).rank
+    rank = data.start("cpu", 3).rank
     number = torch.tensor([rank + 1])
     dist.all_reduce(number)
     assert number.item() == 3 and data.broadcast({"rank": rank}) == {"rank": 0}
     if rank == 1:
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os._exit(9)
-        time.sleep(5)
+        time.sleep(20)
     dist.all_reduce(number)
 
 def left_behind():
@@ -2644,7 +2644,7 @@ end("alone", fork(lambda: data.start("cpu"), WORLD_SIZE="2", RANK="1"))
 end("no number", fork(lambda: data.start("cpu"), WORLD_SIZE="a", RANK="1", MASTER_ADDR="a", MASTER_PORT="1"))
 child = fork(left_behind)
 os.waitpid(child[0], 0)
-for _ in range(100):                         # until what it left behind has stopped, too
+for _ in range(300):                         # until what it left behind has stopped, too
     time.sleep(0.1)
     child[1].seek(0)
     if text := child[1].read().decode().strip():
