@@ -209,7 +209,8 @@ def print_comparison(table, base, times):
         macs = 100 * (counted.macs / base.macs - 1)
         if times:
             t = times[name]
-            clock = f"{t['median_ms']:>10.1f}{t['images_per_second']:>10.2f}{t['peak_gib'] or '-':>10}"
+            clock = (f"{t['median_ms']:>10.1f}{t['images_per_second']:>10.2f}"
+                     f"{t['peak_gib'] or '-':>10}")
         by_part = counted.by_part()
         cells = "".join(f"{by_part.get(part, (0, 0))[1] / 1e9:>12.3f}" for part in parts)
         print(f"{name:<{width}}{counted.params / 1e6:>10.3f}{params:>+8.1f}%"
