@@ -3142,6 +3142,16 @@ def test_eval_draws_images(street, tmp_path, capsys):
     assert (enlarged.numpy() + 1 == ids).mean() > 0.9                   # not 1: these are no logits
 
 
+def test_eval_measures_the_classifier_of_the_shapes(tmp_path, capsys):
+    model = models.build("segformer_b0", "cls", 7)
+    models.save_checkpoint(tmp_path / "c.pt", {"spec": models.describe(model), "model": model.state_dict(),
+                                               "args": {"image_size": 64, "data_path": None}})
+    call = ["--checkpoint", str(tmp_path / "c.pt"), "--workers", "0", "--batch-size", "50"]
+    eval.main(call)
+    assert "on shapes val, 100 images: top1" in capsys.readouterr().out
+    refused(lambda: eval.main([*call, "--flip"]), "--flip", "classifier")
+
+
 def test_eval_mistakes_are_one_line(street, tmp_path):
     one_line_error(run("eval.py", "--checkpoint", tmp_path / "no.pt"), "no.pt", "no such file")
     wrong = lambda *arguments: lambda: eval.main([str(argument) for argument in arguments])
