@@ -962,10 +962,7 @@ class FolderSegmentation(EpochDataset):
         path, mask_path = self.paths[index]
         labels = self.labels(mask_path)
         with opened(path) as image:
-            if image.size != labels.shape[::-1]:
-                (w, h), (mask_h, mask_w) = image.size, labels.shape
-                raise UserError(f"{shown(mask_path)}: the mask is {mask_w}x{mask_h}, its image "
-                                f"{shown(path)} is {w}x{h}; they must be equal")
+            require_size(path, image.size, mask_path, labels.shape[::-1])
             if self.crop:
                 rng = self.rng(epoch, view, index)
                 return training_view(image, labels, self.crop, rng, base=self.scale_base)
@@ -1036,8 +1033,12 @@ class FolderSegmentation(EpochDataset):
     def check(self, limit=100):
         """Look at some masks of this split, evenly spread. -> notes on what is odd, a line each.
 
-        No labelled pixel, or a single class to learn, is a UserError.
+        No labelled pixel, or a single class to learn, is a UserError; so is a file to validate on
+        that cannot be used, as it would end a run after its first epoch.
         """
+        for path, mask_path in self.paths if self.split == "val" else ():
+            with opened(path) as image, opened(mask_path, any_depth=True) as mask:
+                require_size(path, image.size, mask_path, mask.size)
         masks = [mask for _, mask in self.paths]
         for looked_at in (some(masks, limit), masks):    # a rare class may be in none of some masks
             counts = self.count_pixels(looked_at)
@@ -1080,6 +1081,12 @@ class FolderSegmentation(EpochDataset):
         elif self.first_id and 0 in ids:
             remedy = "0 is ignored, unless you pass --zero-is-class"
         return f"whose ids are {', '.join(map(str, sorted(ids)[:10]))}: {remedy}"
+
+
+def require_size(path, size, mask_path, mask_size):
+    if size != mask_size:
+        raise UserError(f"{shown(mask_path)}: the mask is {mask_size[0]}x{mask_size[1]}, its image "
+                        f"{shown(path)} is {size[0]}x{size[1]}; they must be equal")
 
 
 UNNAMED = re.compile("unlabell?ed|unknown|background|void|ignored?|other|none", re.IGNORECASE)

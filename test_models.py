@@ -2097,9 +2097,15 @@ def test_label_sets_that_teach_nothing_are_refused(tmp_path, capsys, ids, zero_i
     assert "error: " in capsys.readouterr().err
 
 
-def test_a_validation_split_without_labels_is_refused_before_training(tmp_path):
+def test_what_would_stop_the_first_validation_is_refused_before_training(tmp_path):
     dataset = set_of(tmp_path / "set", [1, 2, 3], val=[0, 255])
     refused(lambda: [dataset(split).check() for split in ("train", "val")], tmp_path)
+    dataset = set_of(tmp_path / "set", [1, 2, 3])
+    assert dataset("val").check() == []
+    image = tmp_path / "set/images/validation/1.jpg"
+    for spoil in (lambda: Image.new("RGB", (9, 9)).save(image), lambda: image.write_text("<html>")):
+        spoil()
+        refused(dataset("val").check, "images/validation/1.jpg")
 
 
 @pytest.mark.parametrize("ids, zero_is_class, names, notes", [
