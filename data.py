@@ -360,7 +360,10 @@ FAULTS = {    # what the type and message of a library's error contain: what is 
         "a loader's process died (out of memory, of /dev/shm or of open files?); try a lower "
         "--workers, or 0",
     "deterministic implementation":
-        "--deterministic: a block of this model cannot be so on CUDA; leave the flag out"}
+        "--deterministic: a block of this model cannot be so on CUDA; leave the flag out",
+    "CxxCompiler|CppCompileError|TritonMissing|working triton|RuntimeError: Failed to find C compiler":
+        "--compile: needs a working C++ compiler (CXX names it) and on CUDA Triton; install them, "
+        "or leave the flag out"}
 
 
 def _explained(error):
