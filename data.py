@@ -907,10 +907,8 @@ class FolderSegmentation(EpochDataset):
         layout = LAYOUTS[self.layout]
         self.paths, self.problems = pair(self.root, layout, split)
         if self.problems and strict:
-            more = ""
-            if len(self.problems) > 1:
-                more = f" (and {len(self.problems) - 1} more: python data.py PATH lists them)"
-            raise UserError(self.problems[0] + more)
+            raise UserError(f"{self.problems[0]} (one of {len(self.problems)} such files, which "
+                            "python data.py PATH lists)")
         other = []
         with suppress(UserError):      # a split that is not there, or is not asked for
             other, _ = pair(self.root, layout, "val" if split == "train" else "train")
@@ -919,10 +917,9 @@ class FolderSegmentation(EpochDataset):
         self._set_classes(layout, zero_is_class, classes)
 
     def _set_rule(self, layout, zero_is_class):
-        path = self.root / "label_map.json"
         self.ids, source = layout.ids, self.layout
-        if path.exists():
-            self.ids, source = read_label_map(path), "label_map.json"
+        if (path := self.root / "label_map.json").exists():
+            self.ids, source = read_label_map(path), path.name
         if self.ids:
             self.rule = f"{source} says which class an id of a mask is, all other ids are ignored"
             self.table = np.full(2 ** 16 + 1, IGNORED, np.uint8)
@@ -982,9 +979,9 @@ class FolderSegmentation(EpochDataset):
         first = self.first_id
         limit = self.num_classes + first
         if mask.max() >= limit or mask.min() < 0:
-            bad = ((mask >= limit) | (mask < 0)) & (mask != IGNORED)
-            if bad.any():
-                raise UserError(f"{shown(path)}: label id {mask[bad][0]} is beyond the "
+            bad = mask[((mask >= limit) | (mask < 0)) & (mask != IGNORED)]
+            if bad.size:
+                raise UserError(f"{shown(path)}: label id {bad[0]} is beyond the "
                                 f"{self.num_classes} classes (ids {first}..{limit - 1}, 255 ignored"
                                 "); correct the mask or the class names, or add a label_map.json")
         mask = mask.astype(np.uint8, copy=False)
@@ -1006,14 +1003,13 @@ class FolderSegmentation(EpochDataset):
             return ADE20K_COLORS.copy()
         if is_cityscapes and self.num_classes == len(CITYSCAPES):
             return np.array([list(bytes.fromhex(color)) for _, color, _ in CITYSCAPES], np.uint8)
-        palette = None
         # A mask that cannot be opened is named when it is read for its pixels.
         with suppress(UserError, IndexError), opened(self.paths[0][1], any_depth=True) as mask:
-            palette = mask.getpalette() if mask.mode == "P" else None
-        if palette and not self.ids:
-            colors = np.array(palette, np.uint8).reshape(-1, 3)[self.first_id:][:self.num_classes]
-            if len(np.unique(colors, axis=0)) == self.num_classes:
-                return colors
+            if mask.mode == "P" and not self.ids:
+                palette = np.array(mask.getpalette(), np.uint8).reshape(-1, 3)
+                colors = palette[self.first_id:][:self.num_classes]
+                if len(np.unique(colors, axis=0)) == self.num_classes:
+                    return colors
         return distinct_colors(self.num_classes)
 
     def fingerprint(self):
@@ -1053,13 +1049,12 @@ class FolderSegmentation(EpochDataset):
         """Of the number of pixels of each label, (256,): -> notes, or UserError; see `check`."""
         seen, names = np.flatnonzero(counts[:self.num_classes]), list(map(shown, self.classes))
         if len(seen) < (2 if self.split == "train" else 1):
-            found = [f"class {names[k]} alone" for k in seen] or ["no class at all"]
+            found = [f"only '{names[k]}'" for k in seen] or ["no class"]
             raise UserError(f"{shown(self.root)}: {found[0]} is in the masks of {self.split}, "
                             + self._remedy())
         notes, missing = [], [name for k, name in enumerate(names) if k not in seen]
-        if counts[IGNORED] > 0.5 * counts.sum():
-            share = 100 * counts[IGNORED] / counts.sum()
-            notes.append(f"{share:.0f} % of the pixels{where} are ignored")
+        if (share := counts[IGNORED] / counts.sum()) > 0.5:
+            notes.append(f"{100 * share:.0f} % of the pixels{where} are ignored")
         if missing:
             notes.append(f"{len(missing)} of {self.num_classes} classes do not occur{where}: "
                          + ", ".join(missing[:5]))
@@ -1105,9 +1100,8 @@ def find_layout(root):
     for name, layout in LAYOUTS.items():
         if any((root / layout.images.format(s).split("/")[0]).is_dir() for s in layout.splits):
             return name
-    known = "; ".join(f"{layout.images}, {layout.masks}" for layout in LAYOUTS.values())
-    raise UserError(f"{contents(root)}: none of the layouts {known} ({{}} is a split's folder, "
-                    "see README)")
+    known = "; ".join(sorted({f"{layout.images}, {layout.masks}" for layout in LAYOUTS.values()}))
+    raise UserError(f"{contents(root)}: none of the layouts {known} ({{}} is a split's folder)")
 
 
 def _has_files(root, pattern, splits):
@@ -1211,20 +1205,15 @@ def class_weights(dataset, source):
         counts = dataset.count_pixels()[:dataset.num_classes]
         weights = np.maximum(counts, counts[counts > 0].min()) ** -0.5
         return torch.tensor(weights * counts.sum() / (weights * counts).sum()).float()
-    flag = f"--class-weights {shown(source)}"
-    table, weights = read_json(Path(source)), torch.ones(dataset.num_classes)
-    if not isinstance(table, dict):
-        raise UserError(f'{flag}: must be {{"class": weight, ...}}')
-    for name, weight in table.items():
-        if name not in dataset.classes:
-            raise UserError(f"{flag}: no class is called {shown(name)[:60]}; the first is "
-                            + shown(dataset.classes[0]))
-        if type(weight) not in (int, float) or not 0 <= weight < 1e6:
-            raise UserError(f"{flag}: the weight of {shown(name)} must be a number of at least 0")
-        weights[dataset.classes.index(name)] = weight
-    if not weights.any():
-        raise UserError(f"{flag}: all weights are 0")
-    return weights
+    table = read_json(Path(source))
+    weights = [1]
+    if isinstance(table, dict):
+        weights = [table.get(name, 1) for name in dataset.classes]
+    good = all(type(weight) in (int, float) and 0 <= weight < 1e6 for weight in weights)
+    if not good or not any(weights) or not set(table) <= set(dataset.classes):
+        raise UserError(f"--class-weights {shown(source)}: must be {{class: weight, ...}}, with "
+                        "names of classes and numbers from 0 on that are not all 0")
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 # ---- The embedded segmentation data --------------------------------------------------------------

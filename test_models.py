@@ -1981,7 +1981,7 @@ def test_files_without_a_partner(tmp_path):
     (tmp_path / "annotations/validation/2.png").unlink()
     refused(lambda: data.FolderSegmentation(tmp_path, "val"), "images/validation/2.jpg", "no mask", "2.png")
     (tmp_path / "images/validation/0.jpg").unlink()
-    refused(lambda: data.FolderSegmentation(tmp_path, "val"), "1 more")
+    refused(lambda: data.FolderSegmentation(tmp_path, "val"), "one of 2")
     (tmp_path / "images/validation/1.PNG").write_text("")
     lenient = data.FolderSegmentation(tmp_path, "val", strict=False)
     assert len(lenient) == 2 and len(lenient.problems) == 3
