@@ -146,8 +146,8 @@ def input_size(size, short_side, scale=1.0, divisor=None):
 
 def window_starts(side, crop, stride):
     """Where the windows along a side begin; the last one ends where the image does."""
-    count = 1 + max(0, math.ceil((side - crop) / stride))
-    return [min(i * stride, max(side - crop, 0)) for i in range(count)]
+    last = max(side - crop, 0)
+    return [*range(0, last, stride), last]
 
 
 def sliding(model, images, crop, stride):
@@ -387,7 +387,7 @@ def arguments(argv=None):
     add("--scales", type=models.positive, nargs="+", default=[1.0],
         help="multi-scale test, e.g. 0.5 0.75 1 1.25 1.5 1.75 (default 1)")
     add("--flip", action="store_true", help="average with the mirrored image")
-    add("--slide", type=whole, nargs=2, metavar=("CROP", "STRIDE"), help="by a sliding window")
+    add("--slide", type=whole, nargs=2, metavar=("CROP", "STRIDE"), help="average over windows")
     add("--images", help="draw this image, or all of this folder, instead of measuring")
     add("--save-dir", default="pictures", help="where --images writes (default pictures)")
     add("--probabilities", action="store_true",

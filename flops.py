@@ -289,7 +289,8 @@ def arguments(argv=None):
         help="512, 512x1024 or 512 1024: height, width (default 512)")
     add("--sizes", type=height_width, nargs="+", metavar="SIZE", help="several, of one model")
     add("--fused", action="store_true", help="count with BatchNorm folded and decoder merged")
-    add("--latency", type=whole, nargs="?", const=30, metavar="RUNS", help="time it (30 runs)")
+    add("--latency", type=whole, nargs="?", const=30, metavar="RUNS",
+        help="time the inference form (default 30 runs)")
     add("--batch-size", type=whole, default=1, help="of --latency (default 1)")
     add("--amp", choices=list(DTYPES), default="off", help="of --latency (default off)")
     add("--compile", action="store_true", help="of --latency: torch.compile the models")
