@@ -1831,6 +1831,9 @@ def test_files_of_another_row_are_named(name, donor, form):
 
 ADE20K = {"train": ("images/training", "annotations/training"), "val": ("images/validation", "annotations/validation")}
 ORIGINAL = {"train": ("image/train", "mask/train"), "val": ("image/val", "mask/val")}
+SPLIT_FIRST = {split: (f"{split}/images", f"{split}/masks") for split in ("train", "val")}
+NESTED = {"train": ("images/training/a/b", "annotations/training/a/b"),
+          "val": ("images/validation/c", "annotations/validation/c")}
 
 
 def make_set(root, layout=ADE20K, images=4, size=(40, 50), ids=5, splits=("train", "val")):
@@ -1849,7 +1852,7 @@ def make_set(root, layout=ADE20K, images=4, size=(40, 50), ids=5, splits=("train
     return root
 
 
-@pytest.mark.parametrize("layout", [ADE20K, ORIGINAL])
+@pytest.mark.parametrize("layout", [ADE20K, ORIGINAL, SPLIT_FIRST, NESTED])
 def test_folder_layouts_and_class_names(tmp_path, layout):
     make_set(tmp_path, layout)
     sets = [data.FolderSegmentation(tmp_path, split) for split in ("train", "val")]
@@ -1956,6 +1959,8 @@ BAD_FILES = {               # name: (file, how it is spoilt: path -> None, words
     "size": ("annotations/validation/1.png", lambda p: Image.new("L", (40, 51)).save(p), ["40x51", "51x40", "1.jpg"]),
     "colours": ("annotations/validation/1.png", lambda p: Image.new("RGB", (51, 40), "red").save(p), ["mode RGB"]),
     "RGBA": ("annotations/validation/1.png", lambda p: Image.new("RGBA", (51, 40)).save(p), ["mode RGBA"]),
+    "pipe": ("images/validation/1.jpg", lambda p: [p.unlink(), os.mkfifo(p)], ["regular"]),
+    "device": ("annotations/validation/1.png", lambda p: [p.unlink(), p.symlink_to("/dev/zero")], ["regular"]),
     "float": ("annotations/validation/1.png", lambda p: Image.new("F", (51, 40)).save(p, "TIFF"), ["mode F"]),
 }
 
@@ -2073,12 +2078,12 @@ def test_masks_that_may_not_hold_what_was_written(tmp_path):
     refused(lambda: data.read_mask(path), "mask.png", "PPM")
 
 
-def set_of(root, ids, zero_is_class=False, names=None, layout=ADE20K, val=None):
+def set_of(root, ids, zero_is_class=False, names=None, val=None):
     """A data set whose masks hold some ids, in equal parts; val: those of the validation masks."""
     shutil.rmtree(root, ignore_errors=True)
-    make_set(root, layout, images=2, size=(8, 40), ids=1)
+    make_set(root, images=2, size=(8, 40), ids=1)
     for split, values in (("train", ids), ("val", val or ids)):
-        for path in (root / layout[split][1]).iterdir():
+        for path in (root / ADE20K[split][1]).iterdir():
             shape = 8, Image.open(path).size[0]
             Image.fromarray(np.resize(np.array(values, np.uint8), shape)).save(path)
     if names:
@@ -2131,20 +2136,20 @@ def test_a_rare_class_is_looked_for_in_all_masks(tmp_path):
     assert dataset.check(limit=2) is not None
 
 
-NAMES = {"table": {"1": "b", "0": "a"}, "list": ["a", "b"], "inverse": {"b": 1, "a": 0},
-         "hub": {"id2label": {"0": "a", "1": "b"}, "model_type": "segformer", "label2id": {"a": 0, "b": 1}}}
+NAMES = [{"1": "b", "0": "a"}, ["a", "b"], {"b": 1, "a": 0},
+         {"id2label": {"0": "a", "1": "b"}, "model_type": "segformer", "label2id": {"a": 0, "b": 1}}]    # of the hub
 NO_NAMES = ["", "{", "7", "[]", "{}", "null", '{"0": 5.0}', '["a", 1]', '["a", ""]', '["a", " "]', '["a", "b\\nc"]',
             '["a", "b\\u2028c"]', '{"0": "a", "0": "b"}', '{"0": "a", "00": "b"}', '{"a": 0, "b": 0}', '{"1": "a"}',
             '{"0": ["a"]}', '{"x": "a"}', '{"4000000000": "a"}', json.dumps(["a" * 20000]), "[" * 100000,
             '{"id2label": 7}', '{"a": 4000000000}', '{"0": null}']
 
 
-@pytest.mark.parametrize("form", NAMES)
-@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte-order mark"])
-def test_forms_of_the_names_file(tmp_path, form, mark):
+def test_forms_of_the_names_file(tmp_path):
     dataset = set_of(tmp_path / "set", [1, 2])
-    (tmp_path / "set/id2label.json").write_text(mark + json.dumps(NAMES[form]), "utf-8")
-    assert dataset().classes == ["a", "b"]
+    for text in map(json.dumps, NAMES):
+        for mark in ("", "\ufeff"):                                 # of the byte order
+            (tmp_path / "set/id2label.json").write_text(mark + text, "utf-8")
+            assert dataset().classes == ["a", "b"], text
 
 
 def test_names_files_and_label_maps_that_are_none(tmp_path):
@@ -2162,21 +2167,6 @@ def test_names_files_and_label_maps_that_are_none(tmp_path):
         os.mkfifo(path)                                             # reading it would wait for ever
         refused(dataset, name)
         path.unlink()
-
-
-SPLIT_FIRST = {split: (f"{split}/images", f"{split}/masks") for split in ("train", "val")}
-NESTED = {"train": ("images/training/a/b", "annotations/training/a/b"),
-          "val": ("images/validation/c", "annotations/validation/c")}
-
-
-@pytest.mark.parametrize("layout", [SPLIT_FIRST, NESTED])
-def test_other_layouts(tmp_path, capsys, layout):
-    dataset = set_of(tmp_path / "set", [1, 2, 3], layout=layout)
-    for split in ("train", "val"):
-        assert len(dataset(split)) == 2 and dataset(split)[1][1].unique().tolist() == [0, 1, 2]
-    data.main([str(tmp_path / "set"), "--out", str(tmp_path / "a.png")])
-    out = capsys.readouterr().out
-    assert "layout: " in out and "class k-1" in out
 
 
 @pytest.mark.parametrize("kinds", [["labelIds"], ["labelTrainIds"], ["labelIds", "labelTrainIds", "instanceIds"]])
@@ -2231,17 +2221,6 @@ def test_what_is_there_where_nothing_is_found(tmp_path):
     refused(dataset, "annotations/training", ".jpg")
     (tmp_path / "strange/pictures").mkdir(parents=True)
     refused(lambda: data.FolderSegmentation(tmp_path / "strange", "val"), "strange", "pictures/")
-
-
-def test_only_regular_files_are_opened(tmp_path):
-    for name in ("images/training/0.jpg", "annotations/training/0.png"):
-        dataset = set_of(tmp_path / "set", [1, 2])()
-        (tmp_path / "set" / name).unlink()
-        os.mkfifo(tmp_path / "set" / name)
-        refused(lambda: dataset[0], name, "regular")
-        (tmp_path / "set" / name).unlink()
-        (tmp_path / "set" / name).symlink_to("/dev/zero")
-        refused(lambda: dataset[0], name, "regular")
 
 
 def test_fingerprints_follow_the_data_and_not_its_place(tmp_path):
@@ -2866,6 +2845,7 @@ def test_data_command(tmp_path, capsys):
     make_set(tmp_path / "good", splits=["val"])                     # a set with nothing but a validation split
     data.main([str(tmp_path / "good"), "--out", str(tmp_path / "sheet.png")])
     out = capsys.readouterr().out
+    assert "layout: ADE20K" in out and "id k of a mask is class k-1" in out
     assert "val: 4 images, 4 of them good" in out and "width  min 50, median 52, max 53" in out
     masks = np.concatenate([np.array(Image.open(p)).ravel()
                             for p in sorted((tmp_path / "good/annotations/validation").iterdir())])
