@@ -447,6 +447,7 @@ def eval_loader(dataset, batch_size, processes, workers):
     """Every index once over all ranks, without padding; a batch is a list of items of any sizes."""
     shard = range(processes.rank, len(dataset), processes.world)
     return DataLoader(dataset, batch_size, sampler=shard, collate_fn=list,
+                      pin_memory=processes.device.type == "cuda",
                       **_workers(workers, processes.device))
 
 

@@ -396,7 +396,7 @@ def arguments(argv=None):
         help="write the figures to FILE as well, or print them instead of the table")
     add("--batch-size", type=whole, default=1, help="of each process (default 1)")
     add("--amp", choices=list(AMP), default="off", help="mixed precision (default off)")
-    add("--workers", type=models.count, default=2, help="loader processes (default 2)")
+    add("--workers", type=models.count, help="loader processes (default 2, on CUDA up to 8)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     args = parser.parse_args(argv)
     args.defaults = vars(parser.parse_args([]))
