@@ -361,7 +361,8 @@ FAULTS = {    # what the type and message of a library's error contain: what is 
         "--workers, or 0",
     "deterministic implementation":
         "--deterministic: a block of this model cannot be so on CUDA; leave the flag out",
-    "CxxCompiler|CppCompileError|TritonMissing|working triton|RuntimeError: Failed to find C compiler":
+    "CxxCompiler|CppCompileError|TritonMissing|working triton|"
+    "RuntimeError: Failed to find C compiler":
         "--compile: needs a working C++ compiler (CXX names it) and on CUDA Triton; install them, "
         "or leave the flag out"}
 

@@ -602,8 +602,10 @@ def write_file(path, parts):
             os.close(folder)
 
 
-def check_file(path):
-    """UserError unless this is a regular file that can be read: others may never end."""
+def map_file(path):
+    """A regular file -> its bytes, mapped from the disk, copied where they are written to.
+
+    Errors: UserError, also for what is no regular file: reading such may never end."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
@@ -611,13 +613,15 @@ def check_file(path):
         if not stat.S_ISREG(mode):
             raise UserError(f"{path}: not a regular file, and nothing else is read")
         with open(path, "rb") as file:
-            if file.read(23) == b"version https://git-lfs":
-                raise UserError(f"{path}: a Git-LFS pointer, not the weights that it points to; "
-                                "fetch them with `git lfs pull`")
+            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if file.read(1) else b""
     except FileNotFoundError:
         raise UserError(f"{path}: no such file")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})")
+    if raw[:23] == b"version https://git-lfs":
+        raise UserError(f"{path}: a Git-LFS pointer, not the weights that it points to; "
+                        "fetch them with `git lfs pull`")
+    return raw
 
 
 def read_checkpoint(path):
@@ -626,16 +630,12 @@ def read_checkpoint(path):
     Runs no code (weights_only), and needs no more memory and time than the file's size lets expect:
     archives, tensors and byte arrays that claim more than it holds are refused.
     """
-    check_file(path)
+    if map_file(path).find(b"bytearray") >= 0:      # the one type that makes n bytes out of "n"
+        raise UserError(f"{path}: holds a bytearray, which no weights need; refused")
     try:
         if zipfile.is_zipfile(path):
             check_archive(path)
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as raw:
-            if raw.find(b"bytearray") >= 0:     # the one type here that makes n bytes out of "n"
-                raise UserError(f"{path}: holds a bytearray, which no weights need; refused")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})")
     except UserError:
         raise
     except Exception as error:      # torch.load reports a broken file by nearly any exception
@@ -708,48 +708,43 @@ def read_safetensors(path):
     """Read a .safetensors file (8 bytes length, a JSON header, raw tensors) -> {name: tensor},
     mapped from the disk. Each number of the header is checked against the file. Errors: UserError.
     """
-    def refuse(reason):
-        raise UserError(f"{path}: not a valid safetensors file ({reason})")
+    def check(good, reason):
+        if not good:
+            raise UserError(f"{path}: not a valid safetensors file ({reason})")
 
-    check_file(path)
+    raw = map_file(path)
+    total, length = len(raw), int.from_bytes(raw[:8], "little")
+    check(total >= 8 and length <= min(total - 8, 100_000_000),         # the format's own limit
+          f"it has {total} bytes and claims a header of {length}")
+    start = 8 + length
     try:
-        total = os.path.getsize(path)
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if total < 8 or length > min(total - 8, 100_000_000):       # the format's own limit
-                refuse(f"it has {total} bytes and claims a header of {length}")
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=unique)
-            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})")
+        header = json.loads(raw[8:start].decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError):
-        refuse("its header is not JSON with each name once")
-    if not isinstance(header, dict):
-        refuse("its header is not a table")
+        check(False, "its header is not JSON with each name once")
+    check(isinstance(header, dict), "its header is not a table")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        refuse("its metadata are not texts")
-    tensors, end, start = {}, 0, 8 + length
+    check(isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()),
+          "its metadata are not texts")
+    tensors, end = {}, 0
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
             shape, dtype = entry["shape"], SAFETENSORS[entry["dtype"]]
             numbers = [*shape, first, last]
-            if len(numbers) > 32 or not all(type(n) is int and 0 <= n <= total for n in numbers):
-                refuse(f"{name}: a size or offset is out of range")
+            check(len(numbers) <= 32 and all(type(n) is int and 0 <= n <= total for n in numbers),
+                  f"{name}: a size or offset is out of range")
             size = math.prod(shape)
-            if first != end or last - first != size * dtype.itemsize or start + last > total:
-                refuse(f"{name}: its bytes {first}:{last} overlap, leave a hole, or do not fit its "
-                       f"shape {shape} or the file")
+            check(first == end and last - first == size * dtype.itemsize and start + last <= total,
+                  f"{name}: its bytes {first}:{last} overlap, leave a hole, or do not fit its "
+                  f"shape {shape} or the file")
             end = last
             tensors[name] = torch.empty(shape, dtype=dtype)
             if size:
                 tensors[name] = torch.frombuffer(raw, dtype=dtype, count=size,
                                                  offset=start + first).view(shape)
     except (KeyError, TypeError, ValueError):
-        refuse("an entry lacks a known dtype, a shape or two offsets")
-    if start + end != total:
-        refuse(f"{total - start - end} bytes behind the last tensor")
+        check(False, "an entry lacks a known dtype, a shape or two offsets")
+    check(start + end == total, f"{total - start - end} bytes behind the last tensor")
     return tensors
 
 
@@ -1464,9 +1459,9 @@ def read_folder(folder):
     if not index.exists():
         raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin; give a "
                         "checkpoint file or a hub directory")
-    check_file(index)
+    raw = map_file(index)
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(json.loads(raw[:])["weight_map"].values()))
         files = [folder / pathlib.Path(name).name for name in names]
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         raise UserError(f"{index}: not an index of safetensors files")
