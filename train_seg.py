@@ -21,7 +21,7 @@ from torch import nn
 
 import data
 import models
-from eval import evaluate_seg, save_samples
+from eval import evaluate_seg, rounded, save_samples
 from layers import UpsampledCrossEntropy, UserError
 
 # With --data-path: the original project's recipe. Without: one for the embedded data.
@@ -269,7 +269,8 @@ def main(argv=None):
             matrix = evaluate_seg(evaluated, val_set, processes, args.batch_size, args.workers,
                                   amp=args.amp, short_side=args.crop)
             metrics = {**matrix.summary(), "val_loss": matrix.loss,
-                       "iou": dict(zip(val_set.classes, matrix.iou().tolist()))}
+                       "iou": {name: rounded(100 * iou) for name, iou
+                               in zip(val_set.classes, matrix.iou().tolist())}}
             improved = metrics["mIoU"] > best["mIoU"]
         if improved:
             best = {"epoch": epoch + 1, "mIoU": metrics["mIoU"]}
