@@ -1449,8 +1449,8 @@ def class_folders(folder):
         if not found:
             raise UserError(f"{shown(place)}: no images in this class folder; remove it")
         files[place.name] = list(found.values())
-    if not files:
-        raise UserError(f"{shown(folder)}: no class folders here")
+    if not files or set(files) == {"images", "masks"}:    # those are of segmentation
+        raise UserError(f"{shown(folder)}: no class folders here; {contents(folder)}")
     return files
 
 

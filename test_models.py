@@ -1868,6 +1868,8 @@ def test_folder_layouts_and_class_names(tmp_path, layout):
     assert data.FolderSegmentation(tmp_path, "val").classes == ["a", "b", "ü", "d"]                 # goes first
     (tmp_path / "id2label.json").write_text(json.dumps({"0": "a", "2": "b"}))
     refused(lambda: data.FolderSegmentation(tmp_path, "val"), "id2label.json", "gap")
+    if layout is SPLIT_FIRST:                                       # these are no classes "images" and "masks"
+        refused(lambda: data.TinyImageNet(tmp_path, "train"), "no class folders", "images/, masks/")
 
 
 def test_ade20k_is_drawn_in_its_own_colours(tmp_path):
