@@ -129,13 +129,14 @@ def _join(rank, world, device, timeout):
     # Python's handlers do not run while C++ waits: until it is done, signals just end the process.
     handlers = handle(signal.SIG_DFL)
     try:
+        attempt = "0"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store is there before we are; if it is not, torchrun has died meanwhile.
+            # torchrun's store is there before we are: if it is not, torchrun has died meanwhile. It
+            # outlives a restart: without keys of their own, the processes of the second attempt
+            # would read the addresses of the first one's dead processes.
             socket.create_connection(address, timeout=30).close()
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, _, _ = next(dist.rendezvous("env://", timeout=wait))
-        # torchrun keeps one store over its restarts: without keys of their own, the processes of
-        # the second attempt would read the addresses of the first one's dead processes.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         _store = dist.PrefixStore(f"attempt {attempt}", store)
         _store.set(keys[rank], "")
         waiting = True
