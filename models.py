@@ -113,42 +113,35 @@ SIZES = {
     "mit_b3": mit(64, 3, 4, 18, 3),
     "mit_b4": mit(64, 3, 8, 27, 3),
     "mit_b5": mit(64, 3, 6, 40, 3),
-
     "pvt_v2_b0": pvt_v2(32, 2, 2, 2, 2),
     "pvt_v2_b1": pvt_v2(64, 2, 2, 2, 2),
     "pvt_v2_b2": pvt_v2(64, 3, 4, 6, 3),
     "pvt_v2_b3": pvt_v2(64, 3, 4, 18, 3, drop_path=(0.3, 0.1)),
     "pvt_v2_b4": pvt_v2(64, 3, 8, 27, 3, drop_path=(0.3, 0.1)),
     "pvt_v2_b5": pvt_v2(64, 3, 6, 40, 3, drop_path=(0.3, 0.1), ratios=(4, 4, 4, 4)),
-
     # mmsegmentation 1.x runs B and L with 16 bases by oversight
     "mscan_t": mscan(32, 3, 3, 5, 2, decoder=256, rank=16),
     "mscan_s": mscan(64, 2, 2, 4, 2, decoder=256, rank=16),
     "mscan_b": mscan(64, 3, 3, 12, 3, decoder=512),
     "mscan_l": mscan(64, 3, 5, 27, 3, decoder=1024, drop_path=(0.2, 0.3)),
-
     "swin_t": swin(96, 6, 0.2),
     "swin_s": swin(96, 18, 0.3),
     "swin_b": swin(128, 18, 0.5),
-
     "next_vit_s": next_vit(10, 0.1),
     "next_vit_b": next_vit(20, 0.2),
     "next_vit_l": next_vit(30, 0.2),
-
     "dest_b0": dest(32, 2, 2, 2, 2),
     "dest_b1": dest(64, 2, 2, 2, 2),
     "dest_b2": dest(64, 3, 3, 6, 3),
     "dest_b3": dest(64, 3, 6, 8, 3),
     "dest_b4": dest(64, 3, 8, 12, 5),       # its segmentation file gives B4 the depths of B3
     "dest_b5": dest(64, 3, 10, 16, 5),
-
     "lawin_b0": mit(32, 2, 2, 2, 2, width=256, decoder=128),
     "lawin_b1": mit(64, 2, 2, 2, 2, width=256, decoder=128),
     "lawin_b2": mit(64, 3, 4, 6, 3, decoder=512),
     "lawin_b3": mit(64, 3, 4, 18, 3, decoder=512),
     "lawin_b4": mit(64, 3, 8, 27, 3, decoder=(768, 512)),       # in the projections, after them
     "lawin_b5": mit(64, 3, 6, 40, 3, decoder=512),
-
     "lite_1121": lite(1, 1, 2, 1),
     "lite_1221": lite(1, 2, 2, 1),
     "lite_hybrid": mit(64, 3, 4, 6, 3, stage_norm="bn", init="normal", groups=(0, 4, 6, 3)),
@@ -296,10 +289,8 @@ class Encoder(nn.Module):
 
 
 class Model(nn.Module):
-    """An encoder and a head. images (B, 3, H, W) ->
-
-    task "seg": logits (B, K, h, w) at stride 4 or 8; "cls": logits (B, K).
-    """
+    """An encoder and a head: images (B, 3, H, W) -> logits, (B, K, h, w) at stride 4 or 8 for task
+    "seg" and (B, K) for "cls"."""
 
     def __init__(self, spec, task, num_classes, encoder, head):
         super().__init__()
@@ -339,14 +330,14 @@ def build_stage(spec, i, task, rates, reads):
     return Stage(embed, nn.Sequential(*blocks), stage_norm, in_trunk)
 
 
-def next_vit_blocks(attention, dim, reduction, rates, group):
+def next_vit_blocks(attn, dim, reduction, rates, group):
     """-> width of the first block, blocks: NCBs, an NTB at the end of each `group` (0: no NTB)."""
     width = layers.attention_width(dim) if group else dim
     blocks, last = [], width
     for j, rate in enumerate(rates):
         if group and (j + 1) % group == 0:
-            blocks.append(layers.NextTransformerBlock(attention, last, dim, reduction, j // group,
-                                                      rate))
+            blocks.append(
+                layers.NextTransformerBlock(attn, last, dim, reduction, j // group, rate))
             last = dim
         else:
             blocks.append(layers.NextConvBlock(last, width, rate))
@@ -441,32 +432,27 @@ def smallest_image(spec):
 
 
 def init_encoder(encoder, linear, conv):
-    """Draw the weights of linear layers with std(layer) = linear, of other convolutions with conv;
-    None: PyTorch's own. Biases are 0; norms keep 1 and 0. The sources' trunc_normal_ cuts at ±2,
-    that is 100 standard deviations: never."""
+    """Draw the weights of linear layers with std linear, of other convolutions with std conv;
+    "fan_out": sqrt(2 / fan-out), None: PyTorch's own. Biases are 0; norms keep 1 and 0. The
+    sources' trunc_normal_ cuts at ±2, that is 100 standard deviations: never."""
     for m in encoder.modules():
         if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             std = linear if isinstance(m, (layers.Pointwise, nn.Linear, nn.Conv1d)) else conv
-            if std is not None and not m.weight.is_meta:        # slow there, and for nothing
-                nn.init.normal_(m.weight, std=std(m))
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+            if std is None or m.weight.is_meta:         # slow there, and for nothing
+                continue
+            if std == "fan_out":
+                fan_out = m.weight[0, 0].numel() * len(m.weight) // getattr(m, "groups", 1)
+                std = (2 / fan_out) ** 0.5
+            nn.init.normal_(m.weight, std=std)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
 
 
-def by_fan_out(layer):
-    fan_out = layer.weight[0, 0].numel() * len(layer.weight) // getattr(layer, "groups", 1)
-    return (2 / fan_out) ** 0.5
-
-
-def small(layer):
-    return 0.02
-
-
-INIT = {    # (linear layers, other convolutions)
-    "mit": (small, by_fan_out),             # MiT, PVTv2, DEST
-    "mscan": (by_fan_out, by_fan_out),
-    "swin": (small, None),
-    "normal": (small, small),               # Next-ViT
+INIT = {    # of linear layers, of other convolutions: a standard deviation or its rule
+    "mit": (0.02, "fan_out"),               # MiT, PVTv2, DEST
+    "mscan": ("fan_out", "fan_out"),
+    "swin": (0.02, None),
+    "normal": (0.02, 0.02),                 # Next-ViT
 }
 
 
@@ -625,11 +611,13 @@ def map_file(path):
 
 
 def read_checkpoint(path):
-    """Read a .pt / .pth / .bin file -> its content, on the CPU. Errors: UserError with the reason.
+    """Read a .pt, .pth, .bin or .safetensors file -> its content, on the CPU. Errors: UserError.
 
     Runs no code (weights_only), and needs no more memory and time than the file's size lets expect:
     archives, tensors and byte arrays that claim more than it holds are refused.
     """
+    if pathlib.Path(path).suffix == ".safetensors":
+        return read_safetensors(path)
     if map_file(path).find(b"bytearray") >= 0:      # the one type that makes n bytes out of "n"
         raise UserError(f"{path}: holds a bytearray, which no weights need; refused")
     try:
@@ -759,11 +747,8 @@ def unique(pairs):
 # ---- A run's folder: .lock, last.pt, best.pt, log.jsonl ------------------------------------------
 
 def lock_folder(output):
-    """Make a run's folder and hold it alone: keep the open file, the lock ends with it.
-
-    `.lock` names the process that holds the folder. Errors: UserError, where another process
-    does or nothing can be written; a file system that has no locks costs a note.
-    """
+    """Make a run's folder and hold it alone: keep the open file, the lock ends with it. Errors:
+    UserError, where another process holds it, which `.lock` names, or nothing can be written."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = open(output / ".lock", "a+")
@@ -857,47 +842,46 @@ def training_parser(description, recipe, quick):
     """
     parser = Parser(description=description, epilog="Defaults in [ ] hold without --data-path.")
 
-    def add(flag, help="", **options):
+    def add(flag, help, **options):
         key = flag[2:].replace("-", "_")
         if key in recipe:
             help = f"{help} (default {recipe[key]} [{quick[key]}])"
+        elif "default" in options:
+            help = f"{help} (default {options['default']})"
         parser.add_argument(flag, help=help, **options)
 
     add_model_arguments(parser, f"{recipe['model']} [{quick['model']}]")
     parser.set_defaults(model=None)
-    add("--drop-path", type=share,
-        help="stochastic depth of the last block (default: the model's own [0])")
-    add("--pretrain", help="weights to start from: a best.pt, a public file, a Hugging Face folder")
-    add("--epochs", type=positive_int, help="passes over the training set")
-    add("--batch-size", type=positive_int, help="images per process and pass; without a value the "
-        "processes and passes share the recipe's")
-    add("--accum", type=positive_int, default=1,
-        help="passes per step: effective batch = batch size x processes x passes (default 1)")
-    add("--lr", type=positive, help="learning rate of the encoder")
-    add("--weight-decay", type=non_negative, help="of matrices and kernels")
-    add("--warmup", type=steps_or_epochs, metavar="N|Ne",
-        help="linear warm-up in steps, or in epochs: 5e (default 1500, at most 5 %% of all)")
-    add("--clip", type=positive, help="largest norm of the gradient")
-    add("--ema", type=share, nargs="?", const=0.9998, default=0.0, metavar="DECAY",
-        help="evaluate and keep a moving average of the weights (0.9998 unless given)")
-    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
-    add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (CUDA)")
-    add("--compile", action="store_true", help="torch.compile the model for training")
-    add("--checkpointing", action="store_true",
-        help="compute each block again in the backward pass: slower, in much less memory")
-    add("--deterministic", action="store_true", help="the same bits at every run on CUDA, slower")
-    add("--eval-every", type=positive_int, default=1, metavar="EPOCHS",
-        help="validate after so many epochs (default 1)")
-    add("--save-every", type=positive_int, default=500, metavar="STEPS",
-        help="write last.pt within an epoch too (default 500)")
-    add("--seed", type=count, default=0, help="of weights, order, augmentation and dropout")
-    add("--workers", type=count, help="loader processes per training process (default: on CUDA "
-        "its share of the cores, at most 8; else 2 [0])")
-    add("--timeout", type=positive, default=300, metavar="SECONDS",
-        help="how long the processes wait for a silent one (default 300)")
-    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    add("--output-dir", help="default runs/TASK-MODEL-DATA; a folder with a last.pt is continued")
-    add("--resume", help="begin a new folder with the last.pt of this one")
+    add("--drop-path", "stochastic depth (default: the model's own [0])", type=share)
+    add("--pretrain", "weights to start from: a best.pt, a public file, a Hugging Face folder")
+    add("--epochs", "passes over the training set", type=positive_int)
+    add("--batch-size", "images per process and pass; if not given, they share the recipe's",
+        type=positive_int)
+    add("--accum", "passes per step: effective batch = batch size x processes x passes",
+        type=positive_int, default=1)
+    add("--lr", "learning rate of the encoder", type=positive)
+    add("--weight-decay", "of matrices and kernels", type=non_negative)
+    add("--warmup", "linear, in steps, or in epochs: 5e (default 1500, at most 5 %% of all)",
+        type=steps_or_epochs, metavar="N|Ne")
+    add("--clip", "largest norm of the gradient", type=positive)
+    add("--ema", "evaluate and keep a moving average of the weights; without a value: 0.9998",
+        type=share, nargs="?", const=0.9998, default=0.0, metavar="DECAY")
+    add("--amp", "mixed precision", choices=["off", "bf16", "fp16"], default="off")
+    add("--sync-bn", "BatchNorm statistics over all processes (CUDA)", action="store_true")
+    add("--compile", "torch.compile the model for training", action="store_true")
+    add("--checkpointing", "compute each block again in the backward pass: slower, in much less "
+        "memory", action="store_true")
+    add("--deterministic", "the same bits at every run on CUDA, slower", action="store_true")
+    add("--eval-every", "epochs per validation", type=positive_int, default=1, metavar="EPOCHS")
+    add("--save-every", "write last.pt within an epoch too", type=positive_int, default=500,
+        metavar="STEPS")
+    add("--seed", "of weights, order, augmentation and dropout", type=count, default=0)
+    add("--workers", "loader processes per training process (default: on CUDA its share of the "
+        "cores, at most 8; else 2 [0])", type=count)
+    add("--timeout", "wait for a silent process", type=positive, default=300, metavar="SECONDS")
+    add("--device", "cpu, cuda or cuda:N (default: cuda if there is one)")
+    add("--output-dir", "default runs/TASK-MODEL-DATA; a folder with a last.pt is continued")
+    add("--resume", "begin a new folder with the last.pt of this one")
     return parser, add
 
 
@@ -956,11 +940,8 @@ def settings_block(settings):
 
 @torch.no_grad()
 def update_average(average, model, decay, step):
-    """Move a model's running average, buffers too, one step on: mean = d mean + (1 - d) value.
-
-    d = min(decay, (1 + step) / (10 + step)) begins small, so that a short run's average is not
-    that of its first, random weights.
-    """
+    """Move a model's running average, buffers too, one step on: mean = d mean + (1 - d) value. d
+    begins small, so that a short run's average is not that of its first, random weights."""
     decay = min(decay, (1 + step) / (10 + step))
     pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
     floats = [pair for pair in pairs if pair[0].is_floating_point()]
@@ -1092,14 +1073,6 @@ MIT = """
     {i}.blocks.{j}.ffn.branch.{fc1|dwconv|fc2}      block{I}.{j}.mlp.{fc1|dwconv.dwconv|fc2}
     {i}.norm                                        norm{I}
 """
-MIT_MMSEG = """
-    {i}.embed.{conv|norm}                       layers.{i}.0.{projection|norm}
-    {i}.blocks.{j}.{attn|ffn}.norm              layers.{i}.1.{j}.{norm1|norm2}
-    {i}.blocks.{j}.attn.branch.{q|kv|proj}      layers.{i}.1.{j}.attn.attn.{in_q|in_kv|out_proj}
-    {i}.blocks.{j}.attn.branch.{sr|norm}        layers.{i}.1.{j}.attn.{x}
-    {i}.blocks.{j}.ffn.branch.{fc1|dwconv|fc2}  layers.{i}.1.{j}.ffn.layers.{0|1|4}
-    {i}.norm                                    layers.{i}.2
-"""
 HF_SEGFORMER = """
     {i}.embed.{conv|norm}               patch_embeddings.{i}.{proj|layer_norm}
     {i}.blocks.{j}.{attn|ffn}.norm      block.{i}.{j}.{layer_norm_1|layer_norm_2}
@@ -1156,6 +1129,9 @@ DEST = """
     {i}.blocks.{j}.ffn.branch.dwconv.{conv|norm}    block{I}.{j}.mlp.{dwconv.dwconv|norm2}
 """ + MIT
 # Dialects of a table: (theirs there, theirs here), one after another
+MIT_MMSEG = (("patch_embed{I}.{proj|", "layers.{i}.0.{projection|"), ("block{I}", "layers.{i}.1"),
+             ("attn.{x}", "attn.{attn.in_q|attn.in_kv|sr|norm|attn.out_proj}"),
+             ("mlp.{fc1|dwconv.dwconv|fc2}", "ffn.layers.{0|1|4}"), ("norm{I}", "layers.{i}.2"))
 PVT_V2_TIMM = (("patch_embed{I}", "stages.{i}.downsample"), ("block{I}", "stages.{i}.blocks"),
                ("norm{I}", "stages.{i}.norm"), ("dwconv.dwconv", "dwconv"))
 MSCAN_MMSEG = (("dwconv.dwconv", "dwconv"),)
@@ -1301,9 +1277,6 @@ def key_rows(table, dialect=()):
 
 CLS = {"cls": "head.fc head"}
 CLS_SWIN = {"cls": "3.norm norm\n head.fc head"}
-CLS_NEXT = {"cls": "head.fc proj_head.0"}
-TIMM = {"cls": "head.fc head.fc"}
-TIMM_SWIN = {"cls": "3.norm norm\n head.fc head.fc"}
 TIMM_STEM = "0.embed.conv patch_embed.proj\n 0.embed.norm patch_embed.norm"
 TASK_NORMS = r"encoder\.stages\.[012]\.norm\."      # Swin's and Next-ViT's: segmentation's alone
 MIT_ROWS = dict(rows="segformer|pvt_v2|lawin")
@@ -1326,7 +1299,7 @@ FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's s
     Format("SegFormer / PVTv2 encoder", MIT, CLS, **MIT_ROWS),
     Format("SegFormer / PVTv2 / Lawin segmentor", MIT, MMSEG_HEADS, "backbone.",
            dead=r"decode_head\.conv_seg\.", **MIT_ROWS),
-    Format("mmsegmentation SegFormer encoder", MIT_MMSEG, **MIT_ROWS),
+    Format("mmsegmentation SegFormer encoder", MIT, dialect=MIT_MMSEG, **MIT_ROWS),
     Format("original project", LITE, LITE_HEADS, "segformer.encoder.", rows="lite|segformer",
            linear=r"\.(q|kv|proj|projections\.\d)$"),
     Format("timm PVTv2", TIMM_STEM + MIT, CLS, dialect=PVT_V2_TIMM, rows="pvt_v2"),
@@ -1334,12 +1307,12 @@ FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's s
     Format("SegNeXt segmentor", MSCAN, MMSEG_HEADS, "backbone.", **MSCAN_KIND),
     Format("mmsegmentation MSCAN encoder", MSCAN, CLS, dialect=MSCAN_MMSEG, **MSCAN_KIND),
     Format("mmsegmentation SegNeXt", MSCAN, MMSEG_HEADS, "backbone.", MSCAN_MMSEG, **MSCAN_KIND),
-    Format("Next-ViT encoder", NEXT_VIT, CLS_NEXT, **NEXT_CLS),
+    Format("Next-ViT encoder", NEXT_VIT, {"cls": "head.fc proj_head.0"}, **NEXT_CLS),
     Format("Next-ViT segmentor", NEXT_VIT, MMSEG_HEADS, "backbone.", **NEXT_SEG),
-    Format("timm Next-ViT", NEXT_VIT, TIMM, dialect=NEXT_VIT_TIMM, **NEXT_CLS),
+    Format("timm Next-ViT", NEXT_VIT, {"cls": "head.fc head.fc"}, "", NEXT_VIT_TIMM, **NEXT_CLS),
     Format("Swin encoder", SWIN, CLS_SWIN, **SWIN_CLS),
     Format("Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", **SWIN_SEG),
-    Format("timm Swin", SWIN, TIMM_SWIN, dialect=SWIN_TIMM, **SWIN_CLS),
+    Format("timm Swin", SWIN, {"cls": "3.norm norm\n head.fc head.fc"}, "", SWIN_TIMM, **SWIN_CLS),
     Format("torchvision Swin", SWIN, CLS_SWIN, dialect=SWIN_TORCHVISION, **SWIN_CLS),
     Format("mmsegmentation Swin encoder", SWIN, CLS_SWIN, dialect=SWIN_MMSEG, **SWIN_CLS, **UNFOLD),
     Format("mmsegmentation Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", SWIN_MMSEG,
@@ -1422,17 +1395,13 @@ def load_pretrained(model, source):
 def read_weights(source):
     """Path, Hugging Face directory or dict -> (name for messages, {name: tensor}, the Spec that
     it was trained as, where the file says so)."""
-    if isinstance(source, dict):
-        path, content = "the given dict", source
-    elif not os.path.exists(source):
-        raise UserError(f"{source}: no such file or folder; nothing is downloaded here, fetch it "
-                        "first")
-    elif os.path.isdir(source):
-        path, content = source, read_folder(pathlib.Path(source))
-    elif pathlib.Path(source).suffix == ".safetensors":
-        path, content = source, read_safetensors(source)
-    else:
-        path, content = source, read_checkpoint(source)
+    path, content = "the given dict", source
+    if not isinstance(source, dict):
+        if not os.path.exists(source):
+            raise UserError(f"{source}: no such file or folder; nothing is downloaded here, fetch "
+                            "it first")
+        read = read_folder if os.path.isdir(source) else read_checkpoint
+        path, content = source, read(pathlib.Path(source))
     state = largest_table(content)
     if not state:
         raise UserError(f"{path}: holds no state dict (a table of named tensors)")
@@ -1451,11 +1420,10 @@ def read_weights(source):
 
 def read_folder(folder):
     """A hub's folder -> {name: tensor}; its weights may lie in several files."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return read_checkpoint(folder / name)
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return read_safetensors(folder / "model.safetensors")
-    if (folder / "pytorch_model.bin").exists():
-        return read_checkpoint(folder / "pytorch_model.bin")
     if not index.exists():
         raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin; give a "
                         "checkpoint file or a hub directory")
@@ -1500,14 +1468,12 @@ def recognise(model, state):
         for i in range(len(words)):
             end = ".".join(words[i:])
             ends.append((name.removesuffix(end), end))
-    best, best_rank = (None, ""), (0, False)
+    ranked = []
     for form in FORMATS:
         names = set(itertools.chain(*form.names(model).values()))
         hits = Counter(prefix for prefix, end in ends if end in names)
-        for prefix, hit in hits.items():
-            if (hit, prefix == "") > best_rank:
-                best, best_rank = (form, prefix), (hit, prefix == "")
-    return best
+        ranked += [((hit, prefix == ""), form, prefix) for prefix, hit in hits.items()]
+    return max(ranked, key=lambda entry: entry[0], default=(0, None, ""))[1:]
 
 
 def match(model, state, form):
@@ -1591,14 +1557,12 @@ def looks_like(model, state, form, trained):
                        for keys in (found, [*misfits, *missing]))
         return hits - lacks
 
-    best, best_score = "", max(0, score(model))
+    scores = {"": max(0, score(model))}
     for name in MODELS:
         if form.keys and re.match(form.rows, name):
             with torch.device("meta"):
-                result = score(build(name, model.task))
-            if result > best_score:
-                best, best_score = f"; it looks like {name}", result
-    return best
+                scores[f"; it looks like {name}"] = score(build(name, model.task))
+    return max(scores, key=scores.get)
 
 
 def export_pretrained(model, path, format=None, classes=None):
@@ -1609,7 +1573,7 @@ def export_pretrained(model, path, format=None, classes=None):
     a path without a suffix, else the first that is for such a row and has a name for each of its
     tensors; classes: names for the hub's config. Errors: UserError.
     """
-    known = [f for f in FORMATS if f.keys != MIT_MMSEG]     # its q, k and v are only taken apart
+    known = [f for f in FORMATS if f.dialect != MIT_MMSEG]     # its q, k and v are only taken apart
     if format is None and pathlib.Path(path).suffix:
         forms = [f for f in known[1:] if f.name != HUB and re.match(f.rows, model.spec.name)]
     else:

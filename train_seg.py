@@ -42,8 +42,8 @@ def arguments(argv=None):
     add("--class-weights", "of the loss: 'balanced', the inverse square root of a class's share of "
         "the pixels, or a JSON file {class: weight}", metavar="FILE")
     add("--head-lr", "the head's learning rate / the encoder's", type=models.positive)
-    add("--power", "of the schedule (default 1)", type=models.positive, default=1.0)
-    add("--min-lr", "where the schedule ends (default 0)", type=models.non_negative, default=0.0)
+    add("--power", "of the schedule", type=models.positive, default=1.0)
+    add("--min-lr", "where the schedule ends", type=models.non_negative, default=0.0)
     return parser.parse_args(argv)
 
 
