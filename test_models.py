@@ -3722,7 +3722,7 @@ def test_the_readme_s_flags_exist(capsys):
     for script in (data, eval, flops, models, train_cls, train_seg):
         with pytest.raises(SystemExit):
             script.main(["--help"])
-    torchrun = {"--nnodes", "--nproc", "--rdzv", "--node", "--master"}
+    torchrun = {"--nnodes", "--nproc", "--rdzv", "--node", "--master", "--max-restarts"}
     assert not flags - torchrun - set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
 
 
