@@ -202,13 +202,6 @@ def run(script, *arguments, **more):
     return ended(launch(script, arguments, **more))
 
 
-def one_line_error(result, *words):
-    status, _, stderr = result
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert status == 1 and len(lines) == 1 and "Traceback" not in stderr
-    assert all(word in lines[0] for word in words), lines[0]
-
-
 def refused(action, *words):
     """The action's UserError: one line with all the words."""
     with pytest.raises(UserError) as error:
@@ -2527,7 +2520,7 @@ def test_progress_in_a_file_is_no_bar(monkeypatch, capsys):
 # What happens to a script, each in a fork of one process that has imported torch. -> {name: [exit status, stderr]}
 # The store of the group's processes lives in a process of its own and outlives them, as torchrun's does.
 FAULTS = """
-import errno, json, os, signal, sys, tempfile, time
+import errno, json, os, runpy, signal, sys, tempfile, time
 import torch, torch.distributed as dist
 import data
 
@@ -2542,7 +2535,7 @@ def fork(function, **env):
     os.environ.update(env)
     os.dup2(file.fileno(), 2)
     try:
-        data.run(function)
+        data.run(function) if callable(function) else runpy.run_path(function, run_name="__main__")
     except SystemExit as stop:
         os._exit(stop.code)
     os._exit(0)
@@ -2604,6 +2597,9 @@ def left_behind():
     os._exit(0)
 
 bad = data.UserError("a.png: is bad")
+sys.argv = ["", "nowhere"]
+for script in ("data", "eval", "flops", "models", "train_cls", "train_seg"):
+    end(script, fork(f"{os.environ['PYTHONPATH']}/{script}.py"))
 end("asked", fork(busy), signal.SIGTERM)
 end("at once", fork(idle), signal.SIGINT)
 end("twice", fork(lambda: busy(deaf=True)), signal.SIGTERM, signal.SIGTERM)
@@ -2647,6 +2643,9 @@ def test_what_ends_a_script(tmp_path):
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, timeout=120,
                           env=os.environ | {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
     results = json.loads(done.stdout)
+    for script in ("data", "eval", "flops", "models", "train_cls", "train_seg"):
+        status, text = results.pop(script)
+        assert status == 1 and text.startswith("error: ") and "nowhere" in text and "\n" not in text
     out_of_memory = (1, "error: out of memory; try a lower --batch-size")
     for name, (status, words) in {
             "asked": (143, "stopped by SIGTERM: step 7 is saved"), "at once": (130, "stopped by SIGINT: "),
@@ -2865,12 +2864,12 @@ def test_data_command(tmp_path, capsys):
     (tmp_path / "bad/annotations/training/1.png").unlink()
     (tmp_path / "bad/images/validation/2.jpg").unlink()
     Image.new("L", (9, 9)).save(tmp_path / "bad/annotations/validation/3.png")
-    status, out, err = run("data.py", tmp_path / "bad", "--out", tmp_path / "bad.png")
-    assert status == 1 and "Traceback" not in err and (tmp_path / "bad.png").exists()
+    refused(lambda: data.main([str(tmp_path / "bad"), "--out", str(tmp_path / "bad.png")]), "4 bad files or faults")
+    err = capsys.readouterr().err
+    assert (tmp_path / "bad.png").exists() and "images/training/2.jpg" not in err
     for name in ("images/training/0.jpg", "images/training/1.jpg", "annotations/validation/2.png",
                  "annotations/validation/3.png"):
         assert sum(f"error: {tmp_path}/bad/{name}" in line for line in err.splitlines()) == 1, err
-    assert "4 bad files or faults" in err and "images/training/2.jpg" not in err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2910,22 +2909,15 @@ def test_confusion_matrix_against_brute_force():
     refused(lambda: eval.ConfusionMatrix(5).summary(), "no labelled pixel")
 
 
-class Pairs:
+class Pairs(list):
     """Images of several sizes with labels, as a data set."""
     num_classes, seed = 4, 0
 
-    def __init__(self):
+    def __init__(self, images=5):
         rng = np.random.default_rng(0)
-        sizes = [(40, 56), (64, 48), (40, 56), (33, 91), (40, 56)]
-        self.items = [(torch.from_numpy(rng.integers(0, 256, (3, *s), dtype=np.uint8)),
-                       torch.from_numpy(rng.integers(0, 4, s)), str(s))
-                      for s in sizes]
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.items[i]
+        for size in [(40, 56), (64, 48), (40, 56), (33, 91), (40, 56)][:images]:
+            image, labels = rng.integers(0, 256, (3, *size), dtype=np.uint8), rng.integers(0, 4, size)
+            self.append((torch.from_numpy(image), torch.from_numpy(labels), str(size)))
 
 
 @pytest.fixture(scope="module")
@@ -2937,27 +2929,23 @@ def small_model():
 @pytest.mark.parametrize("protocol",
                          [{}, {"size_divisor": 32}, {"scales": (0.75, 1.5), "flip": True}, {"slide": (32, 20)}])
 def test_evaluation_does_not_depend_on_batch_or_ranks(small_model, protocol):
-    whole = eval.evaluate_seg(small_model, Pairs(), data.Processes(), 1, 0, short_side=40, **protocol)
-    batched = eval.evaluate_seg(small_model, Pairs(), data.Processes(), 3, 0, short_side=40, **protocol)
-    ranks = [eval.evaluate_seg(small_model, Pairs(), data.Processes(rank=r, world=2), 1, 0, short_side=40, **protocol)
-             for r in (0, 1)]
+    whole, batched, *ranks = (
+        eval.evaluate_seg(small_model, Pairs(), data.Processes(r, world), batch, 0, short_side=40, **protocol)
+        for r, world, batch in ((0, 1, 1), (0, 1, 3), (0, 2, 1), (1, 2, 1)))
     assert (whole.counts - batched.counts).abs().sum() <= 4         # rounding of another kernel may flip a near-tie
     assert torch.equal(whole.counts, ranks[0].counts + ranks[1].counts)
-    assert whole.counts.sum() == sum(labels.numel() for _, labels, _ in Pairs().items)
+    assert whole.counts.sum() == sum(labels.numel() for _, labels, _ in Pairs())
     mean = (ranks[0].loss_sum + ranks[1].loss_sum) / whole.counts.sum()
     assert whole.loss == pytest.approx(batched.loss, rel=1e-5) == pytest.approx(mean.item(), rel=1e-5)
 
 
 def test_loss_of_evaluation_against_cross_entropy(small_model):
-    total = 0
-    with torch.no_grad():
-        for image, labels, _ in Pairs().items:
-            logits = small_model(data.normalise(image[None])).double()
-            full = F.interpolate(logits, labels.shape, mode="bilinear")
-            total += F.cross_entropy(full, labels[None], reduction="sum").item()
-    pixels = sum(labels.numel() for _, labels, _ in Pairs().items)
+    losses = []
+    for image, labels, _ in Pairs():
+        logits = F.interpolate(small_model(data.normalise(image[None])).double(), labels.shape, mode="bilinear")
+        losses.append(F.cross_entropy(logits, labels[None], reduction="none").flatten())
     matrix = eval.evaluate_seg(small_model, Pairs(), data.Processes(), 2, 0)
-    assert matrix.loss == pytest.approx(total / pixels, rel=1e-5)
+    assert matrix.loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
 class Reads(TorchDispatchMode):
@@ -2972,10 +2960,8 @@ class Reads(TorchDispatchMode):
 def test_evaluation_reads_the_device_once(small_model):
     counts = []
     for images in (2, 5):
-        pairs = Pairs()
-        pairs.items = pairs.items[:images]
         with Reads() as reads:
-            eval.evaluate_seg(small_model, pairs, data.Processes(), 1, 0)
+            eval.evaluate_seg(small_model, Pairs(images), data.Processes(), 1, 0)
         counts.append(reads.count)
     assert counts[0] == counts[1]
 
@@ -3011,7 +2997,7 @@ def test_predict_takes_pictures(small_model):
 def test_samples_are_small(small_model, tmp_path):
     pairs = Pairs()
     image, labels, name = pairs[0]
-    pairs.items = [(image.repeat(1, 40, 40), labels.repeat(40, 40).byte(), name)]
+    pairs[:] = [(image.repeat(1, 40, 40), labels.repeat(40, 40).byte(), name)]
     pairs.classes, pairs.colors = list("abcd"), data.distinct_colors(4)
     eval.save_samples(small_model, pairs, 64, torch.device("cpu"), tmp_path / "s.png")
     width, height = Image.open(tmp_path / "s.png").size
@@ -3045,35 +3031,23 @@ def test_protocol_against_the_plain_computation():
         assert (got == (total / times).argmax(1)[0]).double().mean() > 0.999
 
 
-@pytest.mark.parametrize("size, short, scale, divisor, expected", [
-    ((512, 683), 512, 1, None, [512, 683]), ((100, 1000), 512, 1, None, [205, 2048]),
-    ((600, 400), 512, 1, 32, [768, 512]),
-    ((375, 500), 512, 0.5, 32, [256, 352]), ((375, 500), None, 1, None, [375, 500])])
-def test_input_size(size, short, scale, divisor, expected):
-    assert eval.input_size(size, short, scale, divisor) == expected
+def test_input_size():
+    for arguments, expected in [(((512, 683), 512, 1, None), [512, 683]), (((100, 1000), 512, 1, None), [205, 2048]),
+                                (((600, 400), 512, 1, 32), [768, 512]), (((375, 500), 512, 0.5, 32), [256, 352]),
+                                (((375, 500), None, 1, None), [375, 500])]:
+        assert eval.input_size(*arguments) == expected
 
 
 @pytest.fixture(scope="module")
 def street(tmp_path_factory):
     """A tiny data set in ADE20K's layout with a checkpoint that fits it, and one that does not."""
-    root = tmp_path_factory.mktemp("street")
-    rng = np.random.default_rng(0)
-    for split in ("training", "validation"):
-        for kind in ("images", "annotations"):
-            (root / kind / split).mkdir(parents=True)
-        for i in range(3):
-            Image.fromarray(rng.integers(0, 256, (40, 50 + i, 3),
-                                         dtype=np.uint8)).save(root / "images" / split / f"{i}.png")
-            mask = Image.fromarray(rng.integers(0, 5, (40, 50 + i), dtype=np.uint8))
-            mask.save(root / "annotations" / split / f"{i}.png")
-    (root / "id2label.json").write_text(json.dumps({str(k): name for k,
-                                                    name in enumerate(["sky", "r\u00f6ad", "tree", "car"])}))
+    root, names = make_set(tmp_path_factory.mktemp("street"), images=3), ["sky", "r\u00f6ad", "tree", "car", *"efghi"]
+    (root / "id2label.json").write_text(json.dumps(names[:4]))
     torch.manual_seed(0)
     for name, classes in (("good.pt", 4), ("other.pt", 9)):
         model = models.build("segformer_b0", num_classes=classes)
         models.save_checkpoint(root / name, {
-            "spec": models.describe(model), "model": model.state_dict(), "ema": None,
-            "classes": ["sky", "r\u00f6ad", "tree", "car", *"efghi"][:classes],
+            "spec": models.describe(model), "model": model.state_dict(), "ema": None, "classes": names[:classes],
             "colors": [[3 * k + 1, 3 * k + 2, 3 * k + 3] for k in range(classes)],
             "args": {"crop": 40, "zero_is_class": False, "data_path": "street"}})
     return root
@@ -3098,11 +3072,10 @@ def test_eval_command_prints_and_writes_the_same(street, tmp_path):
 def test_eval_draws_images(street, tmp_path, capsys):
     photos = tmp_path / "photos"
     (photos / "a/b").mkdir(parents=True)
-    shutil.copy(street / "images/validation/1.png", photos / "1.png")
-    turned = Image.open(street / "images/validation/1.png")
-    exif = Image.Exif()
+    photograph, exif = Image.open(street / "images/validation/1.jpg"), Image.Exif()
+    photograph.save(photos / "1.png")
     exif[0x0112] = 6                                                    # the camera was held upright
-    turned.save(photos / "a/b/1.png", exif=exif)
+    photograph.save(photos / "a/b/1.png", exif=exif)
     call = ["--checkpoint", street / "good.pt", "--images", photos, "--save-dir", photos / "drawn", "--probabilities"]
     for _ in range(2):                                                  # the second does not draw what the first drew
         eval.main([str(argument) for argument in call])
@@ -3110,9 +3083,8 @@ def test_eval_draws_images(street, tmp_path, capsys):
     drawn = photos / "drawn"
     label = Image.open(drawn / "1.png")
     ids = np.array(label)
-    assert label.mode == "P" and ids.shape == (40, 51)
-    assert ids.min() >= 1 and ids.max() <= 4     # the ids of the data set's masks
-    assert label.getpalette()[3:15] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert label.mode == "P" and ids.shape == (40, 51) and 1 <= ids.min() and ids.max() <= 4    # as in the masks
+    assert label.getpalette()[3:15] == [*range(1, 13)]
     assert Image.open(drawn / "1_overlay.png").size[0] >= 200
     assert Image.open(drawn / "a/b/1.png").size == (40, 51)
     shares = np.load(drawn / "1.npz")["probabilities"]
@@ -3133,26 +3105,22 @@ def test_eval_measures_the_classifier_of_the_shapes(tmp_path, capsys):
 
 
 def test_eval_mistakes_are_one_line(street, tmp_path):
-    one_line_error(run("eval.py", "--checkpoint", tmp_path / "no.pt"), "no.pt", "no such file")
     wrong = lambda *arguments: lambda: eval.main([str(argument) for argument in arguments])
-    refused(wrong("--checkpoint", street / "other.pt", "--data-path", street), "4 classes", "9")
-    refused(wrong(), "--checkpoint", "--pretrain")
-    refused(wrong("--checkpoint", street / "good.pt", "--data-path", tmp_path / "none"), "none")
-    refused(wrong("--model", "segformer_b1", "--pretrain", street / "good.pt"), "segformer_b0")
-    refused(wrong("--checkpoint", street / "good.pt", "--data-path", street, "--size", "20", "--workers", "0"), "0.png",
-            "29 pixels")
-    refused(wrong("--checkpoint", street / "good.pt", "--images", street / "images/training", "--save-dir",
-                  street / "images/training"),
-            "--save-dir", "overwritten")
     (tmp_path / "some").mkdir()
-    for name, content in (("a.png", b"broken"), ("b.png", (street / "images/validation/1.png").read_bytes())):
-        (tmp_path / "some" / name).write_bytes(content)
-    refused(wrong("--checkpoint", street / "good.pt", "--images", tmp_path / "some", "--save-dir", tmp_path / "drawn"),
-            "a.png", "1 of 2 files could not be drawn")
-    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"b.png", "b_overlay.png"}
+    (tmp_path / "some/a.jpg").write_text("broken")
+    shutil.copy(street / "images/validation/1.jpg", tmp_path / "some/b.jpg")
     measure = "--checkpoint", street / "good.pt", "--data-path", street, "--workers", "0"
-    refused(wrong(*measure, "--json", tmp_path / "none/r.json"), "--json")
     draw = "--checkpoint", street / "good.pt", "--images", tmp_path / "some"
+    refused(wrong(), "--checkpoint", "--pretrain")
+    refused(wrong("--checkpoint", tmp_path / "no.pt"), "no.pt", "no such file")
+    refused(wrong("--checkpoint", street / "other.pt", "--data-path", street), "4 classes", "9")
+    refused(wrong("--model", "segformer_b1", "--pretrain", street / "good.pt"), "segformer_b0")
+    refused(wrong(*measure, "--data-path", tmp_path / "none"), "none")
+    refused(wrong(*measure, "--size", "20"), "0.jpg", "29 pixels")
+    refused(wrong(*measure, "--json", tmp_path / "none/r.json"), "--json")
+    refused(wrong(*draw, "--save-dir", tmp_path / "some"), "--save-dir", "overwritten")
+    refused(wrong(*draw, "--save-dir", tmp_path / "drawn"), "a.jpg", "1 of 2 files could not be drawn")
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"b.png", "b_overlay.png"}
     for call in ((*measure, "--task", "cls"), (*measure, "--num-classes", "4"), (*measure, "--head", "fpn"),
                  (*measure, "--probabilities"), (*measure, "--save-dir", "x"), (*draw, "--json", "x"),
                  (*draw, "--split", "train"), (*draw, "--batch-size", "2"), (*draw, "--workers", "0"),
@@ -3322,7 +3290,7 @@ def test_flops_command(tmp_path, capsys):
         refused(lambda: flops.main(call), "a.json")
     for call in ("--batch-size 2", "--all --model segformer_b0", "--baseline segformer_b0", "--sizes 64 --size 32"):
         refused(lambda: flops.main(call.split()), "no effect")
-    one_line_error(run("flops.py", "--attn", "magic"), "--attn", "magic", "sra")
+    refused(lambda: flops.main(["--attn", "magic"]), "--attn", "magic", "sra")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3394,7 +3362,8 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-RUNS = {"seg": (train_seg, ["--ema", "0.9"]), "seg accum": (train_seg, ["--accum", "2", "--clip", "1", "--class-weights", "balanced"]),
+RUNS = {"seg": (train_seg, ["--ema", "0.9"]),
+        "seg accum": (train_seg, ["--accum", "2", "--clip", "1", "--class-weights", "balanced"]),
         "seg fp16": (train_seg, ["--amp", "fp16"]), "cls": (train_cls, ["--ema", "0.9"])}
 
 
