@@ -4,7 +4,7 @@ on hash-made weights (assets/golden.json), naive formulas in float64, FlopCounte
 
     Helpers: weights and images that are pure functions of names, scripts that are run, mistakes in one line
     layers.py: blocks and heads beside the numbers of the reference implementations
-    layers.py: every word beside its formula, written with loops in float64
+    layers.py: every word beside its formula, written naively in float64
     layers.py: the loss
     models.py: counts, slots, initialisation
     models.py: whole networks beside the numbers of the reference implementations
@@ -142,18 +142,6 @@ def agree(got, outputs):
         assert (flat[index] - torch.tensor(values, dtype=torch.float64)).abs().max().item() < tolerance * rms
 
 
-
-def randomise(module):
-    """What initialisation leaves constant hides mistakes: norms, biases, Lawin's zeros."""
-    for p in module.parameters():
-        if p.numel() > 1 and p.std() == 0:
-            p.data += 0.2 * torch.randn_like(p)
-    for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.running_mean.normal_(std=0.2), m.running_var.uniform_(0.5, 1.5)
-    return module
-
-
 def images(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -162,12 +150,15 @@ def close(a, b, tolerance):
     return a.shape == b.shape and (a - b).abs().max() <= tolerance * b.square().mean().sqrt()
 
 
-def randomised(model):
-    """Weights that no two tensors share, running statistics too."""
-    for value in model.state_dict().values():
-        if value.is_floating_point():
-            value.copy_(torch.rand_like(value) if value.ndim < 2 else torch.randn_like(value) / value[0].numel() ** 0.5)
-    return model
+def randomised(module):
+    """What initialisation leaves constant hides mistakes: norms, biases, Lawin's zeros."""
+    for p in module.parameters():
+        if p.numel() > 1 and p.std() == 0:
+            p.data += 0.2 * torch.randn_like(p)
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(std=0.2), m.running_var.uniform_(0.5, 1.5)
+    return module
 
 
 @lru_cache
@@ -279,214 +270,144 @@ def test_golden_decoders(case):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# layers.py: every word beside its formula, written with loops in float64
+# layers.py: every word beside its formula, written naively in float64
 # ---------------------------------------------------------------------------------------------------------------------
 
-def weights(layer):
-    """(matrix, bias or 0) of a linear layer, however it is held."""
-    return layer.weight.flatten(1), 0 if layer.bias is None else layer.bias
+def conv(layer, x, **more):
+    """The layer's weights as a convolution of a map (B, C, H, W), also where it holds them as a matrix."""
+    weight = layer.weight if layer.weight.ndim == 4 else layer.weight.flatten(1)[:, :, None, None]
+    return F.conv2d(x, weight, layer.bias, groups=x.shape[1] // weight.shape[1], **more)
 
 
-def linear(layer, rows):
-    """rows (N, Cin) -> (N, C)."""
-    w, b = weights(layer)
-    return torch.stack([w @ row for row in rows]) + b
+def linear(layer, x):
+    """(..., C)"""
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
 
 
-def rows_of(x):
-    """(C, H, W) -> (N, C), row by row of the map."""
-    return torch.stack([x[:, i, j] for i in range(x.shape[1]) for j in range(x.shape[2])])
+def ln(m, x):
+    return F.layer_norm(x.movedim(1, -1), x.shape[1:2], m.weight, m.bias, m.eps).movedim(-1, 1)
 
 
-def map_of(rows, height, width):
-    out = torch.stack([torch.stack([rows[i * width + j] for j in range(width)]) for i in range(height)])
-    return out.permute(2, 0, 1)
+def bn(m, x):
+    return F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
 
 
-def layer_norm(norm, rows):
-    mean = rows.mean(1, keepdim=True)
-    return (rows - mean) / ((rows - mean) ** 2).mean(1, keepdim=True).add(norm.eps).sqrt() * norm.weight + norm.bias
+def gn(m, x):
+    return F.group_norm(x, m.num_groups, m.weight, m.bias, m.eps)
 
 
-def batch_norm(norm, rows):
-    return (rows - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+def cbr(m, x, norm=bn, **more):
+    """Convolution, norm, ReLU."""
+    return norm(m.norm, conv(m.conv, x, **more)).relu()
 
 
-def gelu(x):
-    return x * (1 + torch.erf(x / 2 ** 0.5)) / 2
+def attention(q, k, v, heads, bias=0):
+    """Soft-max attention of the pixels of maps (B, C, ...) -> a map like q; bias (h, N, M)."""
+    queries, k, v = (t.flatten(2).unflatten(1, (heads, -1)) for t in (q, k, v))                     # (B, h, d, N)
+    scores = torch.einsum("bhdn,bhdm->bhnm", queries, k) / k.shape[2] ** 0.5 + bias
+    return torch.einsum("bhnm,bhdm->bhdn", scores.softmax(3), v).reshape(len(q), -1, *q.shape[2:])
 
 
-def conv(layer, x, padding=0, stride=1):
-    """(Cin, H, W) -> (C, H', W'), zeros outside; one scalar product at a time for each output pixel."""
-    weight, groups = layer.weight, layer.groups
-    kh, kw = weight.shape[2:]
-    ph, pw = (padding, padding) if isinstance(padding, int) else padding
-    height, width = x.shape[1] + 2 * ph, x.shape[2] + 2 * pw
-    padded = x.new_zeros(x.shape[0], height, width)
-    padded[:, ph:ph + x.shape[1], pw:pw + x.shape[2]] = x
-    out = []
-    for i in range(0, height - kh + 1, stride):
-        for j in range(0, width - kw + 1, stride):
-            patch = padded[:, i:i + kh, j:j + kw].reshape(groups, 1, -1)
-            out.append((weight.reshape(groups, len(weight) // groups, -1) * patch).sum(2).flatten())
-    out = torch.stack(out) + (0 if layer.bias is None else layer.bias)
-    return map_of(out, len(range(0, height - kh + 1, stride)), len(range(0, width - kw + 1, stride)))
-
-
-def softmax_attention(q, k, v, heads, bias=None):
-    """(N, C), (M, C), (M, C) -> (N, C), one head after the other; bias (h, N, M)."""
-    d = q.shape[1] // heads
-    out = []
-    for h in range(heads):
-        s = slice(h * d, h * d + d)
-        scores = q[:, s] @ k[:, s].T / d ** 0.5 + (0 if bias is None else bias[h])
-        out.append(scores.exp() / scores.exp().sum(1, keepdim=True) @ v[:, s])
-    return torch.cat(out, 1)
+def filled(x, side):
+    """Zeros to the right and below, up to multiples of `side`."""
+    height, width = x.shape[2:]
+    return F.pad(x, (0, -width % side, 0, -height % side))
 
 
 def sra_formula(m, x):
-    q, y = linear(m.q, rows_of(x)), rows_of(x)
-    if m.reduction > 1:
-        y = layer_norm(m.norm, rows_of(conv(m.sr, x, 0, m.reduction)))
-    kv = linear(m.kv, y)
-    dim = q.shape[1]
-    return linear(m.proj, softmax_attention(q, kv[:, :dim], kv[:, dim:], m.attend.heads))
+    y = ln(m.norm, conv(m.sr, x, stride=m.reduction)) if m.reduction > 1 else x
+    k, v = conv(m.kv, y).chunk(2, 1)
+    return conv(m.proj, attention(conv(m.q, x), k, v, m.attend.heads))
 
 
 def pooled_7x7(m, x):
-    """PVTv2's 49 keys: means of bins that overlap where 7 does not divide the side."""
-    _, height, width = x.shape
-    bin = lambda i, side: slice(i * side // 7, -(-(i + 1) * side // 7))
-    cells = torch.stack([x[:, bin(i, height), bin(j, width)].mean((1, 2)) for i in range(7) for j in range(7)])
-    return gelu(layer_norm(m.norm, linear(m.sr, cells)))
+    """PVTv2's 49 keys."""
+    return F.gelu(ln(m.norm, conv(m.sr, F.adaptive_avg_pool2d(x, 7))))
+
+
+def projected(m, x):
+    """An output projection, where the word has one."""
+    return x if isinstance(m.proj, nn.Identity) else conv(m.proj, x)
 
 
 def lsra_formula(m, x):
-    q, kv = linear(m.q, rows_of(x)), linear(m.kv, pooled_7x7(m, x))
-    dim = q.shape[1]
-    out = softmax_attention(q, kv[:, :dim], kv[:, dim:], m.attend.heads)
-    return out if isinstance(m.proj, nn.Identity) else linear(m.proj, out)
+    k, v = conv(m.kv, pooled_7x7(m, x)).chunk(2, 1)
+    return projected(m, attention(conv(m.q, x), k, v, m.attend.heads))
 
 
-def ea_formula(m, x, keys_from=lambda m, x: rows_of(x)):
-    q, y = linear(m.queries, rows_of(x)), keys_from(m, x)
-    k, v = linear(m.keys, y), linear(m.values, y)
-    heads = max(h for h in (1, 2, 4, 8) if h <= 3)                          # of the row's three, what divides 64 and 32
-    dk, dv = 64 // heads, 32 // heads
-    k = k.exp() / k.exp().sum(0)                                            # over the positions
-    parts = []
-    for h in range(heads):
-        own = q[:, h * dk:h * dk + dk].exp()
-        own = own / own.sum(1, keepdim=True)                                # over the head's channels
-        context = sum(torch.outer(key, value) for key, value in zip(k[:, h * dk:h * dk + dk], v[:, h * dv:h * dv + dv]))
-        parts.append(own @ context)
-    out = torch.cat(parts, 1)
-    out = linear(m.reprojection, out) + rows_of(x)
-    return out if isinstance(m.proj, nn.Identity) else linear(m.proj, out)
+def ea_formula(m, x, keys_from=lambda m, x: x):
+    y, heads = keys_from(m, x), max(h for h in (1, 2, 4, 8) if h <= 3)  # of the row's three, what divides 64 and 32
+    q, k, v = (conv(layer, t).flatten(2).unflatten(1, (heads, -1))
+               for layer, t in ((m.queries, x), (m.keys, y), (m.values, y)))
+    context = torch.einsum("bhkm,bhvm->bhkv", k.softmax(3), v)                  # over the positions
+    out = torch.einsum("bhkv,bhkn->bhvn", context, q.softmax(2))                # over the head's channels
+    return projected(m, x + conv(m.reprojection, out.reshape(len(x), 32, *x.shape[2:])))
 
 
 def dest_formula(m, x):
-    rows, y = rows_of(x), rows_of(x)
-    if not isinstance(m.sr, nn.Identity):
-        y = batch_norm(m.sr.norm, rows_of(conv(m.sr.conv, x, 0, m.sr.conv.stride[0])))
-    q, k = linear(m.q, rows), linear(m.k, y)
-    d = q.shape[1] // m.heads
-    out = []
-    for n in range(len(q)):
-        repeated = 0
-        for h in range(m.heads):
-            s = slice(h * d, h * d + d)
-            repeated = repeated + max((q[n, s] * k[j, s]).sum() for j in range(len(k))) / d ** 0.5 * rows.mean(0)
-        out.append(repeated)
-    return linear(m.proj, torch.stack(out))
+    y = x if isinstance(m.sr, nn.Identity) else bn(m.sr.norm, conv(m.sr.conv, x, stride=m.sr.conv.stride))
+    q, k = (conv(layer, t).flatten(2).unflatten(1, (m.heads, -1)) for layer, t in ((m.q, x), (m.k, y)))
+    scores = torch.einsum("bhdn,bhdm->bhnm", q, k) / k.shape[2] ** 0.5
+    best = scores.amax(3).sum(1).view(len(x), 1, *x.shape[2:])
+    return conv(m.proj, best * x.mean((2, 3), keepdim=True))
 
 
 def window_formula(m, x):
-    """Pixel by pixel: who shares the window after pad and roll, and who was a neighbour before."""
-    dim, height, width = x.shape
-    high, wide = -(-height // 7) * 7, -(-width // 7) * 7
-    sy, sx = (m.shift if m.shift_small or side > 7 else 0 for side in (high, wide))
-    padded = torch.zeros(dim, high, wide, dtype=x.dtype)
-    padded[:, :height, :width] = x
-    qkv = map_of(linear(m.qkv, rows_of(padded)), high, wide)
-    out = torch.zeros(dim, height, width, dtype=x.dtype)
-    region = lambda y, side, s: 0 if not s or y < side - 7 else 1 if y < side - s else 2       # in the rolled map
-    for top in range(0, high, 7):
-        for left in range(0, wide, 7):
-            at = [(top + a, left + b) for a in range(7) for b in range(7)]                  # of the rolled map
-            old = [((y + sy) % high, (c + sx) % wide) for y, c in at]
-            member = torch.stack([qkv[:, y, c] for y, c in old])
-            area = [(region(y, high, sy), region(c, wide, sx)) for y, c in at]
-            offset = [[(i // 7 - j // 7 + 6) * 13 + i % 7 - j % 7 + 6 for j in range(49)] for i in range(49)]
-            mask = torch.tensor([[-100.0 * (area[i] != area[j]) for j in range(49)] for i in range(49)])
-            bias = m.relative_position_bias_table[torch.tensor(offset)].permute(2, 0, 1) + mask
-            got = linear(m.proj, softmax_attention(*member.split(dim, 1), m.attend.heads, bias))
-            for (y, c), value in zip(old, got):
-                if y < height and c < width:
-                    out[:, y, c] = value
-    return rows_of(out)
+    """All pixels attend to all: -inf where they share no window, -100 where only the roll made them neighbours."""
+    padded = filled(x, 7)
+    sides = padded.shape[2:]
+    shifts = [m.shift if m.shift_small or side > 7 else 0 for side in sides]
+    at = torch.cartesian_prod(*((torch.arange(side) - s) % side for side, s in zip(sides, shifts)))     # in the roll
+    sides = torch.tensor(sides)
+    part = (at >= sides - 7).int() + (at >= sides - torch.tensor(shifts)).int()
+    differ = lambda t: (t[:, None] != t).any(2)
+    offset = (at % 7)[:, None] - at % 7 + 6
+    bias = m.relative_position_bias_table[13 * offset[..., 0] + offset[..., 1]].permute(2, 0, 1)
+    bias = bias.masked_fill(differ(at // 7), -math.inf) - 100.0 * differ(part)
+    out = conv(m.proj, attention(*conv(m.qkv, padded).chunk(3, 1), m.attend.heads, bias))
+    return out[:, :, :x.shape[2], :x.shape[3]]
 
 
 def msca_formula(m, x):
-    _, height, width = x.shape
-    gate = gelu(linear(m.proj_1, rows_of(x)))
-    z = conv(m.local, map_of(gate, height, width), 2)
-    total = z
-    for (across, down), k in zip(m.strips, (7, 11, 21)):
-        total = total + conv(down, conv(across, z, (0, k // 2)), (k // 2, 0))
-    return linear(m.proj_2, gate * linear(m.mix, rows_of(total))) + rows_of(x)
+    gate = F.gelu(conv(m.proj_1, x))
+    z = conv(m.local, gate, padding=2)
+    strips = [conv(down, conv(across, z, padding=(0, k // 2)), padding=(k // 2, 0))
+              for (across, down), k in zip(m.strips, (7, 11, 21))]
+    return x + conv(m.proj_2, gate * conv(m.mix, z + sum(strips)))
 
 
 def emhsa_formula(m, x):
-    rows = rows_of(x)
-    y = rows
-    if m.group > 1:
-        y = torch.stack([rows[i * m.group:(i + 1) * m.group].mean(0) for i in range(len(rows) // m.group)])
-        y = batch_norm(m.norm, y)
-    return linear(m.proj, softmax_attention(linear(m.q, rows), linear(m.k, y), linear(m.v, y), m.attend.heads))
-
-
-def mhca_formula(m, x):
-    mixed = batch_norm(m.group_conv.norm, rows_of(conv(m.group_conv.conv, x, 1))).clamp(min=0)
-    return linear(m.projection, mixed)
+    y = bn(m.norm, F.avg_pool1d(x.flatten(2), m.group)) if m.group > 1 else x.flatten(2)
+    y = y[..., None]
+    return conv(m.proj, attention(conv(m.q, x), conv(m.k, y), conv(m.v, y), m.attend.heads))
 
 
 def mixer_formula(m, x):
-    dim, height, width = x.shape
-    out = torch.zeros_like(x)
-    for top in range(0, height, 7):
-        for left in range(0, width, 7):
-            for c in range(dim):
-                window = torch.zeros(7, 7, dtype=x.dtype)
-                part = x[c, top:top + 7, left:left + 7]
-                window[:part.shape[0], :part.shape[1]] = part
-                (w1, b1), (w2, b2) = weights(m.fc1), weights(m.fc2)
-                mixed = (w2 @ gelu(w1 @ window.flatten() + b1) + b2).view(7, 7)
-                out[c, top:top + 7, left:left + 7] = mixed[:part.shape[0], :part.shape[1]]
-    return rows_of(out)
+    padded = filled(x, 7)
+    windows = F.unfold(padded, 7, stride=7).unflatten(1, (-1, 49)).mT                               # (B, C, L, 49)
+    mixed = linear(m.fc2, F.gelu(linear(m.fc1, windows))).mT.flatten(1, 2)
+    return F.fold(mixed, padded.shape[2:], 7, stride=7)[:, :, :x.shape[2], :x.shape[3]]
 
 
 ATTENTION_FORMULAS = {
     "sra": sra_formula, "lsra": lsra_formula, "lsra_noproj": lsra_formula, "ea": ea_formula,
     "lsrea": partial(ea_formula, keys_from=pooled_7x7), "lsrea_noproj": partial(ea_formula, keys_from=pooled_7x7),
-    "dest": dest_formula,
-    "window": window_formula, "msca": msca_formula, "emhsa": emhsa_formula, "mhca": mhca_formula,
-    "mixer": mixer_formula,
+    "dest": dest_formula, "window": window_formula, "msca": msca_formula, "emhsa": emhsa_formula,
+    "mhca": lambda m, x: conv(m.projection, cbr(m.group_conv, x, padding=1)), "mixer": mixer_formula,
 }
 
 
 def formula_of(table, word):
     formulas = globals()[table]
-    assert word in formulas, f"{word!r} has no formula: write it, with loops, and add it to {table} in test_models.py"
+    assert word in formulas, f"{word!r} has no formula: write it, naively, and add it to {table} in test_models.py"
     return formulas[word]
 
 
 def equals_formula(module, formula, *shape):
-    """Value and gradient of the input, in float64; formula: (module, map (C, H, W)) -> (N, C)."""
-    module = randomise(module).double().eval()
+    """Value and gradient of the input, in float64; formula: (module, map (B, C, H, W)) -> a map."""
+    module = randomised(module).double().eval()
     x = images(*shape).double().requires_grad_()
-    out = module(x)
-    expected = torch.stack([map_of(formula(module, image), *out.shape[2:]) for image in x])
+    out, expected = module(x), formula(module, x)
     assert close(out, expected, 1e-10)
     direction = images(*out.shape, seed=1).double()
     assert close(*(torch.autograd.grad((y * direction).sum(), x)[0] for y in (out, expected)), 1e-10)
@@ -510,48 +431,30 @@ def test_window_attention_of_classification(grid):
 
 
 def mix_ffn_formula(m, x, between=lambda y: y):
-    hidden = map_of(between(linear(m.fc1, rows_of(x))), *x.shape[1:])
-    return linear(m.fc2, gelu(rows_of(conv(m.dwconv, hidden, 1))))
+    return conv(m.fc2, F.gelu(conv(m.dwconv, between(conv(m.fc1, x)), padding=1)))
 
 
 def dest_ffn_formula(m, x):
-    hidden = batch_norm(m.fc1.norm, linear(m.fc1.conv, rows_of(x)))
-    hidden = batch_norm(m.dwconv.norm, rows_of(conv(m.dwconv.conv, map_of(hidden, *x.shape[1:]), 1)))
-    return linear(m.fc2, hidden.clamp(min=0))
+    return conv(m.fc2, cbr(m.dwconv, bn(m.fc1.norm, conv(m.fc1.conv, x)), padding=1))
 
 
-FFN_FORMULAS = {
-    "mlp": lambda m, x: linear(m.fc2, gelu(linear(m.fc1, rows_of(x)))), "mix": mix_ffn_formula,
-    "mix_relu": partial(mix_ffn_formula, between=lambda y: y.clamp(min=0)), "dest": dest_ffn_formula,
-}
+FFN_FORMULAS = {"mlp": lambda m, x: conv(m.fc2, F.gelu(conv(m.fc1, x))), "mix": mix_ffn_formula,
+                "mix_relu": partial(mix_ffn_formula, between=torch.relu), "dest": dest_ffn_formula}
+NORM_FORMULAS = {"ln": ln, "bn": bn}
 
 
-@pytest.mark.parametrize("word", FFN)
-def test_ffn_against_its_formula(word):
+@pytest.mark.parametrize("table, word", [*(("FFN", word) for word in FFN), *(("NORM", word) for word in layers.NORM)])
+def test_ffn_and_norm_against_their_formulas(table, word):
     torch.manual_seed(0)
-    equals_formula(FFN[word](6, 3), formula_of("FFN_FORMULAS", word), 2, 6, 4, 5)
+    module = FFN[word](6, 3) if table == "FFN" else layers.NORM[word](6, eps=1e-3)
+    equals_formula(module, formula_of(f"{table}_FORMULAS", word), 2, 6, 4, 5)
 
 
-NORM_FORMULAS = {"ln": layer_norm, "bn": batch_norm}
-
-
-@pytest.mark.parametrize("word", layers.NORM)
-def test_norm_against_its_formula(word):
-    torch.manual_seed(0)
-    formula = formula_of("NORM_FORMULAS", word)
-    equals_formula(layers.NORM[word](6, eps=1e-3), lambda m, x: formula(m, rows_of(x)), 2, 6, 3, 4)
-
-
-SKIP_FORMULAS = {       # F is a 1x1 convolution here
-    "pre": lambda m, x: x + linear(m.branch, layer_norm(m.norm, x)),
-    "scaled": lambda m, x: x + m.scale * linear(m.branch, layer_norm(m.norm, x)),
-    "recursive": lambda m, x: layer_norm(m.norm2, layer_norm(m.norm1, linear(m.branch, x) + x) + x),
-}
-DROPPED = {"pre": lambda m, x: x, "scaled": lambda m, x: x, "recursive": lambda m, x: layer_norm(m.norm2, x)}
-KEPT_TWICE = {      # the branch of a kept sample counts 1 / (1 - p), p = 1/2
-    "pre": lambda m, x: x + 2 * linear(m.branch, layer_norm(m.norm, x)),
-    "scaled": lambda m, x: x + 2 * m.scale * linear(m.branch, layer_norm(m.norm, x)),
-    "recursive": lambda m, x: layer_norm(m.norm2, 2 * layer_norm(m.norm1, linear(m.branch, x) + x) + x),
+# word: the formula of (branch F, its norm, x, the factor that a kept branch has in training); F is a 1x1 convolution
+SKIP_FORMULAS = {
+    "pre": lambda m, x, kept=1: x + kept * conv(m.branch, ln(m.norm, x)),
+    "scaled": lambda m, x, kept=1: x + kept * m.scale[:, None, None] * conv(m.branch, ln(m.norm, x)),
+    "recursive": lambda m, x, kept=1: ln(m.norm2, kept * ln(m.norm1, conv(m.branch, x) + x) + x),
 }
 
 
@@ -560,34 +463,24 @@ def test_skip_against_its_formula(word):
     torch.manual_seed(0)
     skip = layers.SKIP[word](layers.Pointwise(6, 6), 6, partial(layers.LayerNorm2d, eps=1e-3), 0.5)
     formula = formula_of("SKIP_FORMULAS", word)
-    equals_formula(skip, lambda m, x: formula(m, rows_of(x)), 2, 6, 3, 4)
-    x = images(12, 6, 2, 3).double()
-    fates = []
-    for image, out in zip(x, skip.train()(x)):
-        kept, dropped = (close(out, map_of(f[word](skip, rows_of(image)), 2, 3), 1e-10) for f in (KEPT_TWICE, DROPPED))
-        assert kept != dropped
-        fates.append(kept)
-    assert 0 < sum(fates) < 12
+    equals_formula(skip, formula, 2, 6, 3, 4)
+    x, fates = images(12, 6, 2, 3).double(), []
+    for image, out in zip(x.split(1), skip.train()(x).split(1)):        # a sample keeps its branch twice, or loses it
+        fates.append([close(out, formula(skip, image, factor), 1e-10) for factor in (2, 0)])
+    assert all(sum(fate) == 1 for fate in fates) and 0 < sum(kept for kept, dropped in fates) < 12
 
 
-def nmf_loop(x, bases, steps, eps, one_step):
-    """One image: x (N, d), bases (d, R) -> C Dᵀ; multiplicative updates of C, then of D, and of C once more."""
-    def update(x, codes, bases):
-        codes = torch.stack([c * (row @ bases) / (c @ (bases.T @ bases) + eps) for c, row in zip(codes, x)])
-        return codes
-
-    def iterate(x, bases):
-        codes = torch.stack([(row @ bases).exp() / (row @ bases).exp().sum() for row in x])
-        for _ in range(steps):
-            codes = update(x, codes, bases)
-            gram = codes.T @ codes
-            bases = torch.stack([b * (x[:, i] @ codes) / (b @ gram + eps) for i, b in enumerate(bases)])
-        return codes, bases
-    if one_step:
-        codes, bases = (t.detach() for t in iterate(x.detach(), bases))
-    else:
-        codes, bases = iterate(x, bases)
-    return update(x, codes, bases) @ bases.T
+def nmf_formula(m, x, bases=None, steps=None, one_step=None):
+    """Multiplicative updates of C, then of D, and of C once more; bases (B, d, R) -> C Dᵀ."""
+    bases = m.bases.double() if bases is None else bases
+    update = lambda x, c, d: c * (x @ d) / (c @ (d.mT @ d) + m.eps)
+    rows = x.flatten(2).mT                                                                              # (B, N, d)
+    with torch.set_grad_enabled(not (m.one_step if one_step is None else one_step)):
+        codes = (rows @ bases).softmax(2)
+        for _ in range(steps or m.eval_steps):
+            codes = update(rows, codes, bases)
+            bases = update(rows.mT, bases, codes)
+    return (update(rows, codes, bases) @ bases.mT).mT.reshape(x.shape)
 
 
 @pytest.mark.parametrize("one_step", [False, True])
@@ -598,129 +491,82 @@ def test_nmf_against_its_formula(one_step, training):
     torch.manual_seed(5)
     out = nmf(x)
     torch.manual_seed(5)
-    bases = torch.rand(2, 6, 3, dtype=torch.float64) if training else nmf.bases.double().expand(2, -1, -1)
-    bases = bases / bases.square().sum(1, keepdim=True).sqrt()
-    loop = lambda one_step: torch.stack([map_of(nmf_loop(rows_of(image), base, 2 if training else 4, 1e-3, one_step), 3,
-                                                4)
-                                         for image, base in zip(x, bases)])
+    bases = F.normalize(torch.rand(2, 6, 3, dtype=torch.float64), dim=1) if training else None
+    expected, other = (nmf_formula(nmf, x, bases, 2 if training else 4, form) for form in (one_step, not one_step))
     tolerance = 1e-10 if training else 1e-6                             # the evaluation's bases have float32 lengths
-    expected = loop(one_step)
     assert close(out, expected, tolerance)
     direction = images(2, 6, 3, 4, seed=1).double()
-    grad, own, other = (torch.autograd.grad((y * direction).sum(), x)[0] for y in (out, expected, loop(not one_step)))
+    grad, own, other = (torch.autograd.grad((y * direction).sum(), x)[0] for y in (out, expected, other))
     assert close(grad, own, tolerance) and not close(grad, other, 0.1)
 
 
-def up(x, like):
-    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
-
-
-def point(layer, x):
-    """A 1x1 convolution of a map (B, C, H, W), however it is held."""
-    w, b = weights(layer)
-    return torch.einsum("oc,bchw->bohw", w, x) + (b[:, None, None] if layer.bias is not None else 0)
-
-
-def bn2d(norm, x):
-    column = lambda t: t[:, None, None]
-    return (x - column(norm.running_mean)) / column(norm.running_var
-                                                    + norm.eps).sqrt() * column(norm.weight) + column(norm.bias)
-
-
-def gn2d(norm, x):
-    groups = x.reshape(len(x), norm.num_groups, -1)
-    centred = groups - groups.mean(2, keepdim=True)
-    out = (centred / (centred.square().mean(2, keepdim=True) + norm.eps).sqrt()).reshape(x.shape)
-    return out * norm.weight[:, None, None] + norm.bias[:, None, None]
-
-
-def cbr(m, x):
-    """ConvBNReLU, 1x1."""
-    return bn2d(m.norm, point(m.conv, x)).clamp(min=0)
+def up(x, like, mode="bilinear"):
+    return F.interpolate(x, like.shape[2:], mode=mode)
 
 
 def mlp_formula(head, maps):
-    levels = [up(point(p, x), maps[0]) for p, x in zip(head.projections, maps)]
-    return point(head.classifier, cbr(head.fuse, torch.cat(levels[::-1], 1)))
-
-
-def nmf_of(m, x):
-    bases = m.bases.double()[0]
-    return torch.stack([map_of(nmf_loop(rows_of(image), bases, m.eval_steps, m.eps, m.one_step), *x.shape[2:])
-                        for image in x])
+    levels = [up(conv(p, x), maps[0]) for p, x in zip(head.projections, maps)]
+    return conv(head.classifier, cbr(head.fuse, torch.cat(levels[::-1], 1)))
 
 
 def ham_formula(head, maps):
-    x = torch.cat([up(x, maps[1]) for x in maps[1:]], 1)
-    x = gn2d(head.squeeze.norm, point(head.squeeze.conv, x)).clamp(min=0)
-    context = nmf_of(head.nmf, point(head.ham_in, x).clamp(min=0))
-    x = (x + gn2d(head.ham_out.norm, point(head.ham_out.conv, context))).clamp(min=0)
-    return point(head.classifier, gn2d(head.align.norm, point(head.align.conv, x)).clamp(min=0))
+    x = cbr(head.squeeze, torch.cat([up(x, maps[1]) for x in maps[1:]], 1), gn)
+    context = nmf_formula(head.nmf, conv(head.ham_in, x).relu())
+    x = (x + gn(head.ham_out.norm, conv(head.ham_out.conv, context))).relu()
+    return conv(head.classifier, cbr(head.align, x, gn))
 
 
 def light_ham_formula(head, maps):
-    x = point(head.squeeze, torch.cat([up(x, maps[1]) for x in maps[1:]], 1)).clamp(min=0)
-    return point(head.classifier, (x + nmf_of(head.nmf, x)).clamp(min=0))
+    x = conv(head.squeeze, torch.cat([up(x, maps[1]) for x in maps[1:]], 1)).relu()
+    return conv(head.classifier, (x + nmf_formula(head.nmf, x)).relu())
 
 
 def large_window_formula(m, ratio, x):
     """Window by window: 8x8 queries, 8x8 keys of the map at 1 / ratio around them."""
-    batch, dim, height, width = x.shape
-    high, wide = -(-height // 8) * 8, -(-width // 8) * 8
-    y = x.new_zeros(batch, dim, high, wide)
-    y[:, :, :height, :width] = x
-    z = bn2d(m.down[0].norm, F.conv2d(y, m.down[0].conv.weight, stride=ratio, groups=dim)).clamp(min=0)
-    z = cbr(m.down[1], z)
-    left, right, top, bottom = {8: (3, 4, 4, 3), 4: (3, 3, 3, 3), 2: (2, 2, 2, 2)}[ratio]
-    z = F.pad(z, (left, right, top, bottom))
-    out = torch.zeros_like(y)
-    heads, step = ratio ** 2, 8 // ratio
-    for i in range(high // 8):
-        for j in range(wide // 8):
-            for b in range(batch):
-                q = rows_of(y[b, :, 8 * i:8 * i + 8, 8 * j:8 * j + 8])
-                c = rows_of(z[b, :, step * i:step * i + 8, step * j:step * j + 8])      # (64, C)
-                if m.norm is not None:
-                    c = layer_norm(m.norm, c)
-                    size = dim // heads
-                    c = torch.cat([c[:, h * size:h * size + size] + m.mixing.weight[h].T
-                                   @ c[:, h * size:h * size + size]
-                                   + m.mixing.bias[0, h, 0][:, None] for h in range(heads)], 1)
-                got = softmax_attention(linear(m.theta, q), linear(m.phi, c), linear(m.g, c), heads)
-                out[b, :, 8 * i:8 * i + 8, 8 * j:8 * j + 8] = map_of(got @ weights(m.out.conv)[0].T, 8, 8)
-    return x + bn2d(m.out.norm, out)[:, :, :height, :width]
+    heads, step, y = ratio ** 2, 8 // ratio, filled(x, 8)
+    z = cbr(m.down[1], cbr(m.down[0], y, stride=ratio))
+    z = F.pad(z, {8: (3, 4, 4, 3), 4: (3, 3, 3, 3), 2: (2, 2, 2, 2)}[ratio])            # left, right, top, bottom
+    out = torch.zeros_like(conv(m.theta, y))
+    for i in range(y.shape[2] // 8):
+        for j in range(y.shape[3] // 8):
+            own = slice(8 * i, 8 * i + 8), slice(8 * j, 8 * j + 8)
+            c = z[:, :, step * i:step * i + 8, step * j:step * j + 8]
+            if m.norm is not None:
+                c = ln(m.norm, c).flatten(2).unflatten(1, (heads, -1))                              # (B, h, d, 64)
+                c = (c + c @ m.mixing.weight + m.mixing.bias).reshape(len(x), -1, 8, 8)
+            q = conv(m.theta, y[:, :, *own])
+            out[:, :, *own] = attention(q, conv(m.phi, c), conv(m.g, c), heads)
+    return x + bn(m.out.norm, conv(m.out.conv, out))[:, :, :x.shape[2], :x.shape[3]]
 
 
 def lawin_formula(head, maps, concat=True):
-    levels = [up(point(p, x), maps[1]) for p, x in zip(head.projections, maps[1:])]
+    levels = [up(conv(p, x), maps[1]) for p, x in zip(head.projections, maps[1:])]
     x = cbr(head.fuse, torch.cat(levels[::-1], 1)) if concat else sum(levels)
     pool = up(cbr(head.image_pool, x.mean((2, 3), keepdim=True)), x)
     branches = [cbr(head.short_path, x), pool,
                 *(large_window_formula(m, r, x) for m, r in zip(head.attentions, (8, 4, 2)))]
     x = cbr(head.cat, torch.cat(branches, 1)) if concat else sum(branches)
-    x = cbr(head.low_level_fuse, torch.cat([up(x, maps[0]), point(head.low_level, maps[0])], 1))
-    return point(head.classifier, x)
+    x = cbr(head.low_level_fuse, torch.cat([up(x, maps[0]), conv(head.low_level, maps[0])], 1))
+    return conv(head.classifier, x)
 
 
 def fpn_formula(head, maps):
-    conv3 = lambda layer, x: F.conv2d(x, layer.weight, layer.bias, padding=1)
-    levels = [point(lateral, x) for lateral, x in zip(head.lateral, maps)]
+    levels = [conv(lateral, x) for lateral, x in zip(head.lateral, maps)]
     for i in (2, 1, 0):
-        levels[i] = levels[i] + F.interpolate(levels[i + 1], levels[i].shape[2:], mode="nearest")
+        levels[i] = levels[i] + up(levels[i + 1], levels[i], "nearest")
     total = 0
     for i, (x, smooth, steps) in enumerate(zip(levels, head.smooth, head.scale)):
-        x = conv3(smooth, x)
+        x = conv(smooth, x, padding=1)
         for step in steps:
-            x = bn2d(step.norm, conv3(step.conv, x)).clamp(min=0)
-            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False) if i else x
+            x = cbr(step, x, padding=1)
+            x = F.interpolate(x, scale_factor=2, mode="bilinear") if i else x
         assert len(steps) == max(i, 1)
         total = total + up(x, maps[0])
-    return point(head.classifier, total)
+    return conv(head.classifier, total)
 
 
 HEAD_FORMULAS = {"mlp": mlp_formula, "mlp_concat": mlp_formula, "ham": ham_formula, "light_ham": light_ham_formula,
-                 "lawin": lawin_formula,
-                 "lawin_sum": partial(lawin_formula, concat=False), "fpn": fpn_formula}
+                 "lawin": lawin_formula, "lawin_sum": partial(lawin_formula, concat=False), "fpn": fpn_formula}
 
 
 @pytest.mark.parametrize("word", layers.HEAD)
@@ -728,7 +574,7 @@ def test_head_against_its_formula(word):
     """Up-sample, concatenate, convolve, as papers draw it; value and the gradients of maps and weights in float64."""
     torch.manual_seed(0)
     dims = (4, 6, 8, 10)
-    head = randomise(layers.HEAD[word](dims, 3, 128 if "lawin" in word else 32, 4)).double().eval()
+    head = randomised(layers.HEAD[word](dims, 3, 128 if "lawin" in word else 32, 4)).double().eval()
     sizes = ((19, 21), (10, 11), (5, 6), (3, 3))
     maps = [images(2, dim, *size, seed=dim).double().requires_grad_() for dim, size in zip(dims, sizes)]
     used = [maps[i] for i in head.uses]
@@ -1070,7 +916,7 @@ def small(case, task="seg"):
             patch.setattr(head, "width", head.width and 128)
         torch.manual_seed(0)
         model = models.build(name, task, num_classes=5, **slots)
-    return randomise(model).eval()
+    return randomised(model).eval()
 
 
 def fails_for_one(model, x):
