@@ -99,14 +99,8 @@ def dest(dims, *depths):
     return Size(dims, depths, ratios=(8, 8, 4, 4), width=256, stage_norm="none")
 
 
-def lite(*depths):
-    """The original project's own shape; its LayerNorms have PyTorch's eps."""
-    return Size((64, 128, 256, 512), depths, (1, 2, 4, 8), eps=1e-5)
-
-
 SIZES = {
-    # SegFormer, Table 6 (arXiv 2105.15203); the ratios are the released code's 4, not the
-    # ImageNet table's 8-8-4-4
+    # SegFormer, Table 6 (arXiv 2105.15203), with the released code's ratios (the table: 8-8-4-4)
     "mit_b0": mit(32, 2, 2, 2, 2, width=256),
     "mit_b1": mit(64, 2, 2, 2, 2, width=256),
     "mit_b2": mit(64, 3, 4, 6, 3),
@@ -142,8 +136,9 @@ SIZES = {
     "lawin_b3": mit(64, 3, 4, 18, 3, decoder=512),
     "lawin_b4": mit(64, 3, 8, 27, 3, decoder=(768, 512)),       # in the projections, after them
     "lawin_b5": mit(64, 3, 6, 40, 3, decoder=512),
-    "lite_1121": lite(1, 1, 2, 1),
-    "lite_1221": lite(1, 2, 2, 1),
+    # the original project's own shape; its LayerNorms have PyTorch's eps
+    "lite_1121": Size((64, 128, 256, 512), (1, 1, 2, 1), (1, 2, 4, 8), eps=1e-5),
+    "lite_1221": Size((64, 128, 256, 512), (1, 2, 2, 1), (1, 2, 4, 8), eps=1e-5),
     "lite_hybrid": mit(64, 3, 4, 6, 3, stage_norm="bn", init="normal", groups=(0, 4, 6, 3)),
 }
 
@@ -182,8 +177,7 @@ def spelt(slots, template, separator):
             for slot, words in slots.items()]
 
 
-# ffn, norm and skip are named as the stages have them: they are Next-ViT's own, and so is stage 1,
-# which has no attention
+# ffn, norm and skip name what Next-ViT's stages have of their own; stage 1 has no attention
 NEXT = dict(embed="next", attn="emhsa", ffn="mlp", norm="bn")
 SEGNEXT = dict(embed="conv", attn="msca", norm="bn", skip="scaled", head="ham")
 SWIN_WORDS = dict(embed="patch", attn="window", ffn="mlp", head="fpn")
@@ -199,8 +193,7 @@ MODELS = {spec.name: spec for spec in [
     *(Spec(f"lawin_b{i}", f"lawin_b{i}", head="lawin") for i in (2, 3, 4, 5)),
 
     # The original project's experiments, one step after another. lite_hybrid and lite_window are
-    # Next-ViT's and Swin's own blocks, not that project's copies of them; all draw MiT's or
-    # Next-ViT's initialisation.
+    # Next-ViT's and Swin's own blocks, not that project's copies; all begin as MiT or Next-ViT.
     Spec("lite_lsra", "mit_b2", attn="lsra"),
     Spec("lite_lsra_dest", "mit_b2", attn="lsra", ffn="dest"),
     Spec("lite_rskip", "mit_b2", attn="lsra", ffn="dest", skip="recursive"),
@@ -215,8 +208,7 @@ MODELS = {spec.name: spec for spec in [
 ]}
 
 # stage_norm: (class of the norm that ends a stage, tasks that have it at each stage, whether the
-# next stage sees the normed map). A classifier of a family whose norms are for "seg" has one alone,
-# at its end.
+# next stage sees the normed map). Where it is for "seg", a classifier has one alone, at its end.
 STAGE_NORM = {
     "trunk": (NORM["ln"], "both", True),    # SegFormer, PVTv2, SegNeXt
     "none": (None, "both", True),           # DEST
@@ -231,8 +223,7 @@ class Stage(nn.Module):
     """embed -> blocks -> norm. Returns (what the next stage receives, what the head receives).
 
     checkpointing: training keeps each block's input alone and computes the rest of it again in
-    the backward pass: the same gradients, less memory, about a third more time.
-    """
+    the backward pass: the same gradients, less memory, about a third more time."""
     checkpointing = False
 
     def __init__(self, embed, blocks, norm, in_trunk):
@@ -280,7 +271,7 @@ class Encoder(nn.Module):
         if min(images.shape[2:]) < self.smallest:
             raise UserError(f"image of {images.shape[3]} x {images.shape[2]} pixels: this model's "
                             f"blocks need at least {self.smallest} pixels a side; give larger "
-                            "images to it, or choose other attention words")
+                            "images, or other attention words")
         x, maps = images, []
         for stage in self.stages:
             x, out = stage(x)
@@ -351,8 +342,7 @@ def build(name, task="seg", num_classes=None, drop_path=None, **slots):
     name: a key of MODELS; task: "seg" | "cls"; num_classes: 150 for seg, 1000 for cls unless given;
     drop_path: the last block's rate, the row's own unless given; slots: embed, attn, ffn, norm,
     skip, head, each a word of layers.py or four words (tuple, or separated by commas) for the four
-    stages. Errors: UserError that lists the known words.
-    """
+    stages. Errors: UserError that lists the known words."""
     spec = make_spec(name, **slots)
     if task not in CLASSES:
         raise UserError(f"task {task!r} is not known; choose from: {', '.join(CLASSES)}")
@@ -395,8 +385,8 @@ def make_spec(name, **slots):
         words = tuple(map(str.strip, words.split(","))) if isinstance(words, str) else tuple(words)
         for word in words:
             if word not in SLOTS[slot]:
-                raise UserError(f"--{slot} {word!r} is not known; choose from: "
-                                f"{', '.join(SLOTS[slot])}")
+                known = ", ".join(SLOTS[slot])
+                raise UserError(f"--{slot} {word!r} is not known; choose from: {known}")
         if len(words) not in ((1,) if slot == "head" else (1, 4)):
             four = "" if slot == "head" else ", or four, one for each stage"
             raise UserError(f"--{slot} {','.join(words)}: give one word{four}")
@@ -421,8 +411,7 @@ def head_width(spec):
 
 
 def smallest_image(spec):
-    """Smallest side in pixels: each stage's grid, the side divided by 4, 8, 16, 32 and rounded up,
-    must hold its reduction."""
+    """Smallest side in pixels: each grid, 1/4 to 1/32 of it rounded up, holds its reduction."""
     size, smallest = SIZES[spec.size], 1
     for i, (word, reduction) in enumerate(zip(spec.words("attn"), size.reductions)):
         attends = size.groups is None or size.groups[i]
@@ -459,11 +448,9 @@ INIT = {    # of linear layers, of other convolutions: a standard deviation or i
 # ---- Parameter groups, fusing, the command line, the catalogue -----------------------------------
 
 def parameter_groups(model, lr, weight_decay, head_lr_factor=10.0):
-    """Groups for AdamW, each with its "lr_factor" for schedules.
-
-    The head learns `head_lr_factor` times as fast (SegFormer's recipe: a new decoder on a trained
-    encoder); norms, biases, layer scales and other vectors do not decay.
-    """
+    """Groups for AdamW, each with its "lr_factor" for schedules. The head learns `head_lr_factor`
+    times as fast (SegFormer's recipe: a new decoder on a trained encoder); norms, biases, layer
+    scales and other vectors do not decay."""
     groups = {}
     for name, p in model.named_parameters():
         part = "head" if name.startswith("head.") else "encoder"
@@ -477,8 +464,7 @@ def parameter_groups(model, lr, weight_decay, head_lr_factor=10.0):
 
 
 def fuse(model):
-    """An inference copy with the same outputs: the BatchNorm of each ConvNorm folded into its
-    convolution, the all-MLP head merged."""
+    """An inference copy with the same outputs: BatchNorms folded, the all-MLP head merged."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for m in model.modules():
         if isinstance(m, layers.ConvNorm) and isinstance(m.norm, nn.modules.batchnorm._BatchNorm):
@@ -517,10 +503,8 @@ share = bounded(float, lambda v: 0 <= v < 1, "must be a number, at least 0 and b
 
 
 def no_effect(args, why, names):
-    """A flag that would change nothing is an error: its user believes that it does.
-
-    args.defaults: {name: value} of all flags; names: those without effect, separated by blanks.
-    """
+    """A flag that would change nothing is an error: its user believes that it does. args.defaults:
+    {name: value} of all flags; names: those without effect, separated by blanks."""
     given = ["--" + name.replace("_", "-") for name in names.split()
              if getattr(args, name) != args.defaults[name]]
     if given:
@@ -589,9 +573,7 @@ def write_file(path, parts):
 
 
 def map_file(path):
-    """A regular file -> its bytes, mapped from the disk, copied where they are written to.
-
-    Errors: UserError, also for what is no regular file: reading such may never end."""
+    """A regular file's bytes, mapped from the disk. UserError for others: they may never end."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
@@ -614,8 +596,7 @@ def read_checkpoint(path):
     """Read a .pt, .pth, .bin or .safetensors file -> its content, on the CPU. Errors: UserError.
 
     Runs no code (weights_only), and needs no more memory and time than the file's size lets expect:
-    archives, tensors and byte arrays that claim more than it holds are refused.
-    """
+    archives, tensors and byte arrays that claim more than it holds are refused."""
     if pathlib.Path(path).suffix == ".safetensors":
         return read_safetensors(path)
     if map_file(path).find(b"bytearray") >= 0:      # the one type that makes n bytes out of "n"
@@ -627,13 +608,13 @@ def read_checkpoint(path):
     except UserError:
         raise
     except Exception as error:      # torch.load reports a broken file by nearly any exception
-        if "weights_only" not in str(error) or "Unsupported operand" in str(error):
-            raise UserError(f"{path}: not a readable checkpoint (truncated, damaged or another "
-                            "format)")
-        kind = re.search(r"GLOBAL (\S+)", str(error))
-        raise UserError(f"{path}: asks for {kind[1] if kind else 'Python code'}, which could run "
-                        "anything; refused. If you trust it, save its state_dict() alone")
-    for tensor in tensors_in(checkpoint):
+        reason = "not a readable checkpoint (truncated, damaged or another format)"
+        if "weights_only" in str(error) and "Unsupported operand" not in str(error):
+            kind = re.search(r"GLOBAL (\S+)", str(error))
+            reason = (f"asks for {kind[1] if kind else 'Python code'}, which could run anything; "
+                      "refused. If you trust it, save its state_dict() alone")
+        raise UserError(f"{path}: {reason}")
+    for tensor in (part for _, part in walk(checkpoint) if isinstance(part, torch.Tensor)):
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.is_nested or tensor.is_quantized:
             raise UserError(f"{path}: a tensor that is sparse, quantised or without numbers")
@@ -654,20 +635,18 @@ def check_archive(path):
             raise UserError(f"{path}: damaged (check sum of {bad}); copy or download it again")
 
 
-def tensors_in(tree):
-    """All tensors in tables and lists, each once: nested as deep, shared or looped as they are."""
-    queue, seen = [tree], set()
-    while queue:
-        item = queue.pop()
+def walk(tree):
+    """(name, part) of tables and lists, outermost first, each once: deep, shared or looped."""
+    queue, seen = [("", tree)], set()
+    for name, item in queue:            # it grows meanwhile
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, dict):
-            queue.extend(item.values())
+        yield name, item
+        if isinstance(item, dict):
+            queue.extend(item.items())
         elif isinstance(item, (list, tuple, set)):
-            queue.extend(item)
+            queue.extend(("", part) for part in item)
 
 
 SAFETENSORS = {
@@ -684,7 +663,7 @@ def write_safetensors(path, state):
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in state.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": words[tensor.dtype], "shape": list(tensor.shape),
+        header[name] = {"dtype": words[tensor.dtype], "shape": tensor.shape,
                         "data_offsets": [start, end]}
     header = json.dumps(header).encode()
     header += b" " * (-len(header) % 8)
@@ -694,8 +673,7 @@ def write_safetensors(path, state):
 
 def read_safetensors(path):
     """Read a .safetensors file (8 bytes length, a JSON header, raw tensors) -> {name: tensor},
-    mapped from the disk. Each number of the header is checked against the file. Errors: UserError.
-    """
+    mapped from the disk, after each number of the header is checked. Errors: UserError."""
     def check(good, reason):
         if not good:
             raise UserError(f"{path}: not a valid safetensors file ({reason})")
@@ -747,8 +725,8 @@ def unique(pairs):
 # ---- A run's folder: .lock, last.pt, best.pt, log.jsonl ------------------------------------------
 
 def lock_folder(output):
-    """Make a run's folder and hold it alone: keep the open file, the lock ends with it. Errors:
-    UserError, where another process holds it, which `.lock` names, or nothing can be written."""
+    """Make a run's folder and hold it alone: keep the open file, the lock ends with it. UserError
+    where another process holds it (`.lock` names it) or nothing can be written."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = open(output / ".lock", "a+")
@@ -775,11 +753,9 @@ def lock_folder(output):
 
 
 def find_state(output, resume, settings):
-    """The state to go on from, or None; the folder's own last.pt goes before --resume.
-
-    settings: {name: primitive}, what makes two runs the same; all that differ are named in one
-    UserError. A state from elsewhere is copied here with its best.pt, and the log is made whole.
-    """
+    """The state to go on from, or None; the folder's own last.pt goes before --resume. UserError
+    names all `settings` {name: primitive}, what makes two runs the same, that differ. A state from
+    elsewhere is copied here with its best.pt, and the log is made whole."""
     path, log = output / "last.pt", output / "log.jsonl"
     if not path.exists():
         if log.exists() and log.stat().st_size:
@@ -835,11 +811,8 @@ MAY_CHANGE = {"output_dir", "resume", "device", "workers", "compile", "checkpoin
 
 
 def training_parser(description, recipe, quick):
-    """A parser with the flags of both training scripts -> parser, add.
-
-    add(flag, help, ...) adds a script's own flags as parser.add_argument does. The values of
-    `recipe` hold with --data-path, those of `quick` without; --help shows both.
-    """
+    """A parser with the flags of both training scripts -> parser, add(flag, help, ...) for others.
+    The values of `recipe` hold with --data-path, those of `quick` without; --help shows both."""
     parser = Parser(description=description, epilog="Defaults in [ ] hold without --data-path.")
 
     def add(flag, help, **options):
@@ -869,8 +842,8 @@ def training_parser(description, recipe, quick):
     add("--amp", "mixed precision", choices=["off", "bf16", "fp16"], default="off")
     add("--sync-bn", "BatchNorm statistics over all processes (CUDA)", action="store_true")
     add("--compile", "torch.compile the model for training", action="store_true")
-    add("--checkpointing", "compute each block again in the backward pass: slower, in much less "
-        "memory", action="store_true")
+    add("--checkpointing", "less memory: blocks are computed again in the backward pass",
+        action="store_true")
     add("--deterministic", "the same bits at every run on CUDA, slower", action="store_true")
     add("--eval-every", "epochs per validation", type=positive_int, default=1, metavar="EPOCHS")
     add("--save-every", "write last.pt within an epoch too", type=positive_int, default=500,
@@ -904,8 +877,7 @@ def settle_arguments(args, recipe, quick, processes):
         if given and args.compile:
             raise UserError(f"{flag} with --compile: PyTorch cannot compile it; leave one out")
     if args.deterministic and not on_cuda:
-        raise UserError("--deterministic has no effect on the CPU, where every run gives the same "
-                        "bits; leave it out")
+        raise UserError("--deterministic: on the CPU every run gives the same bits; leave it out")
 
 
 def steps_or_epochs(text):
@@ -920,8 +892,7 @@ def warmup_steps(warmup, steps, steps_per_epoch):
     number, in_epochs = warmup
     number = round(number * steps_per_epoch) if in_epochs else int(number)
     if number >= steps:
-        raise UserError(f"--warmup: {number} steps do not end within the run of {steps} steps; "
-                        "use less")
+        raise UserError(f"--warmup: {number} steps do not end within the run's {steps}; use less")
     return number
 
 
@@ -973,9 +944,7 @@ def epoch_line(rows, epochs, metric, improved):
 
 def describe(model):
     """What `restore` needs to build the model again, in primitives."""
-    slots = {slot: word if isinstance(word, str) else list(word)
-             for slot, word in model.spec.overrides.items()}
-    return {"name": model.spec.name, "slots": slots, "task": model.task,
+    return {"name": model.spec.name, "slots": model.spec.overrides, "task": model.task,
             "num_classes": model.num_classes}
 
 
@@ -1008,8 +977,7 @@ def restore(checkpoint):
 def check_numbers(name, value, target):
     """UserError unless a tensor's numbers are of the kind of the target's, and finite there."""
     if value.is_floating_point() != target.is_floating_point():
-        raise UserError(f"{name} holds {str(value.dtype).removeprefix('torch.')} numbers, "
-                        f"expected {str(target.dtype).removeprefix('torch.')}")
+        raise UserError(f"{name} holds {value.dtype} numbers, expected {target.dtype}")
     if not value.to(target.dtype).isfinite().all():
         raise UserError(f"{name} holds inf or nan: it was spoilt in training or conversion")
 
@@ -1195,8 +1163,7 @@ class Format:
     prefix: of the encoder's names, where the head's have none; dialect: changes of theirs in keys;
     rows: the names of the models that it is for; dead: names that the files carry and no forward
     pass uses; fresh: ours that such files never have; linear: our 1x1 convolutions that are Linear
-    layers there (conv1d: Conv1d); unfold: ours whose channels they have in nn.Unfold's order.
-    """
+    layers there (conv1d: Conv1d); unfold: ours whose channels they have in nn.Unfold's order."""
     name: str
     keys: str | None = None
     heads: dict = field(default_factory=dict)
@@ -1285,8 +1252,7 @@ NEXT_KIND = dict(rows="nextvit|lite_hybrid", linear=r"attn\.(q|k|v|proj)$")
 NEXT_CLS = NEXT_KIND | dict(fresh=TASK_NORMS, dead=r"extra_norm_list\.3\.|proj_head\.")
 NEXT_SEG = NEXT_KIND | dict(dead=r"backbone\.(extra_norm_list\.3|proj_head)\.")
 DEST_KIND = dict(rows="dest", linear=r"\.(q|k|proj|fc1\.conv|fc2)$", conv1d=True)
-# classification has one norm at the end, segmentation one on each map: a file of one task has no
-# norms for the other
+# classification has one norm at the end, segmentation one on each map: neither file has the other's
 SWIN_INDEX = r".*\.(relative_position_index|attn_mask)$"
 SWIN_CLS = dict(rows="swin", fresh=r"encoder\.stages\.\d\.norm\.", dead=SWIN_INDEX + r"|norm\.")
 SWIN_SEG = dict(rows="swin", dead=SWIN_INDEX + r"|backbone\.norm[012]\.")
@@ -1330,8 +1296,7 @@ LOSSES = re.compile(r"(criterion|loss)\w*\.")
 
 @dataclass
 class Report:
-    """What load_pretrained did: the format it saw, our names that were loaded / are missing / are
-    new by design (fresh), and the file's names that found no place (unexpected)."""
+    """What load_pretrained did; fresh: new by design; unexpected: the file's, not used."""
     format: str
     loaded: list = field(default_factory=list)
     missing: list = field(default_factory=list)
@@ -1357,8 +1322,7 @@ def load_pretrained(model, source):
     dict of tensors, in whatever envelope and under whatever prefix. The format is recognised by its
     names. A head that the file does not have, or has of another kind, and a classifier of another
     class count, keep their fresh weights and are listed; anything else that is missing or does not
-    fit is a UserError, and then the model is as it was.
-    """
+    fit is a UserError, and then the model is as it was."""
     path, state, trained = read_weights(source)
     form, prefix = recognise(model, state)
     if form is None:
@@ -1393,13 +1357,11 @@ def load_pretrained(model, source):
 
 
 def read_weights(source):
-    """Path, Hugging Face directory or dict -> (name for messages, {name: tensor}, the Spec that
-    it was trained as, where the file says so)."""
+    """Path or dict -> (name for messages, {name: tensor}, the Spec that the file says, or None)."""
     path, content = "the given dict", source
     if not isinstance(source, dict):
         if not os.path.exists(source):
-            raise UserError(f"{source}: no such file or folder; nothing is downloaded here, fetch "
-                            "it first")
+            raise UserError(f"{source}: no such file; nothing is downloaded here, fetch it first")
         read = read_folder if os.path.isdir(source) else read_checkpoint
         path, content = source, read(pathlib.Path(source))
     state = largest_table(content)
@@ -1442,26 +1404,19 @@ def read_folder(folder):
 def largest_table(content):
     """The largest table of named tensors in nested tables; of two, a moving average's."""
     best, best_rank = {}, (0, False)
-    queue, seen = [("", content)], set()
-    while queue:
-        name, table = queue.pop(0)
-        if not isinstance(table, dict) or id(table) in seen:
-            continue
-        seen.add(id(table))
-        tensors = {key: value for key, value in table.items()
+    for name, table in walk(content):
+        items = table.items() if isinstance(table, dict) else ()
+        tensors = {key: value for key, value in items
                    if isinstance(key, str) and isinstance(value, torch.Tensor)}
         rank = len(tensors), re.search("ema|teacher", str(name)) is not None
         if rank > best_rank:
             best, best_rank = tensors, rank
-        queue.extend(table.items())
     return best
 
 
 def recognise(model, state):
-    """-> (format, prefix) under which most of the names are this model's; (None, "") for none.
-
-    A wrapper's prefix (module., _orig_mod., model., ...) is whatever stands before such a name.
-    """
+    """-> (format, prefix) under which most of the names are this model's; (None, "") for none. A
+    wrapper's prefix (module., _orig_mod., model., ...) is whatever stands before such a name."""
     ends = []
     for name in state:
         words = name.split(".", 8)
@@ -1477,8 +1432,7 @@ def recognise(model, state):
 
 
 def match(model, state, form):
-    """-> {our name: their names} of what fits, the same of what is of another shape, our names
-    that the file lacks."""
+    """-> {our name: their names} of what fits, the same of another shape, what the file lacks."""
     found, misfits, missing = {}, {}, []
     names_of = form.names(model)
     for key, target in model.state_dict().items():
@@ -1494,22 +1448,16 @@ def match(model, state, form):
 
 
 def fits(shapes, target):
-    """Same shape, up to axes of size 1: a Linear, a Conv1d and a 1x1 convolution hold the same
-    matrix. Several shapes: stacked along the first axis."""
-    first = list(shapes[0])
-    for shape in shapes[1:]:
-        if not shape or list(shape[1:]) != first[1:]:
-            return False
-        first[0] += shape[0]
-    return [n for n in first if n != 1] == [n for n in target if n != 1]
+    """Whether tensors, stacked, have the target's shape, up to axes of size 1: a Linear, a Conv1d
+    and a 1x1 convolution hold the same matrix."""
+    height, rest = sum(shape[:1].numel() for shape in shapes), shapes[0][1:]
+    return (all(shape[1:] == rest for shape in shapes)
+            and [n for n in (height, *rest) if n != 1] == [n for n in target if n != 1])
 
 
 def settle_head(model, state, form, found, misfits, missing):
-    """-> the head's names that stay fresh.
-
-    A classifier of another class count does so alone; a head that the file lacks, or has of
-    another kind, as a whole, although single tensors may happen to fit: it leaves `found`.
-    """
+    """-> the head's names that stay fresh: a classifier of another class count alone; a head that
+    the file lacks, or has of another kind, as a whole, although single tensors may fit."""
     head = [key for key in model.state_dict() if key.startswith("head.")]
     fresh = []
     for key in misfits:
@@ -1544,8 +1492,7 @@ def counter(name):
 
 
 def looks_like(model, state, form, trained):
-    """The words with which a file's weights fit: of our own what the file says, of others the row
-    whose encoder fits best, if that is better than the model's own."""
+    """The words with which a file's weights fit: what our own file says, else the best row's."""
     if trained and trained != model.spec:
         words = [f"--model {trained.name}", *spelt(trained.overrides, "--{} {}", ",")]
         return f"; it looks like {trained.name}: give {' '.join(words)}"
@@ -1571,8 +1518,7 @@ def export_pretrained(model, path, format=None, classes=None):
     path: a folder for "Hugging Face SegFormer" (for transformers' from_pretrained and pipeline),
     else a .pth file with a flat dict; format: the name of one of FORMATS, by default the hub's for
     a path without a suffix, else the first that is for such a row and has a name for each of its
-    tensors; classes: names for the hub's config. Errors: UserError.
-    """
+    tensors; classes: names for the hub's config. Errors: UserError."""
     known = [f for f in FORMATS if f.dialect != MIT_MMSEG]     # its q, k and v are only taken apart
     if format is None and pathlib.Path(path).suffix:
         forms = [f for f in known[1:] if f.name != HUB and re.match(f.rows, model.spec.name)]
@@ -1625,8 +1571,7 @@ def export(model, target):
     difference of the logits, relative to their root mean square}.
 
     target: a folder (Hugging Face), FILE.pth (its family's own names) or FILE.pt2 (torch.export of
-    the fused model, for any batch, height and width). Errors: UserError.
-    """
+    the fused model, for any batch, height and width). Errors: UserError."""
     suffix = pathlib.Path(target).suffix
     if suffix == ".pt2":
         model, buffer = fuse(model), io.BytesIO()
