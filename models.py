@@ -513,8 +513,8 @@ def no_effect(args, why, names):
 
 def add_model_arguments(parser, default="segformer_b2"):
     """The flags --model, --embed, --attn, --ffn, --norm, --skip, --head."""
-    parser.add_argument("--model", default=default,
-                        help=f"a row of `python models.py` (default {default})")
+    row = f"a row of `python models.py` (default {default})"
+    parser.add_argument("--model", default=default, help=row)
     for slot, words in SLOTS.items():
         four = "" if slot == "head" else "; four words, comma-separated, for the four stages"
         parser.add_argument(f"--{slot}", help=f"{' | '.join(words)}{four} (default: the model's)")
@@ -587,8 +587,7 @@ def map_file(path):
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})")
     if raw[:23] == b"version https://git-lfs":
-        raise UserError(f"{path}: a Git-LFS pointer, not the weights that it points to; "
-                        "fetch them with `git lfs pull`")
+        raise UserError(f"{path}: a Git-LFS pointer; fetch its weights with `git lfs pull`")
     return raw
 
 
@@ -949,8 +948,8 @@ def describe(model):
 
 
 def restore(checkpoint):
-    """The model that a training script's checkpoint describes, with its weights (the moving
-    average's, where there is one) and what it knows of its data, see `know`. Errors: UserError."""
+    """The model of a training script's checkpoint, with its weights (the moving average's, where
+    there is one) and what it knows of its data, see `know`. Errors: UserError."""
     if not isinstance(checkpoint, dict) or not {"spec", "model"} <= checkpoint.keys():
         raise UserError("not a checkpoint of train_seg.py or train_cls.py; public weights go to "
                         "--pretrain together with --model")
@@ -977,15 +976,15 @@ def restore(checkpoint):
 def check_numbers(name, value, target):
     """UserError unless a tensor's numbers are of the kind of the target's, and finite there."""
     if value.is_floating_point() != target.is_floating_point():
-        raise UserError(f"{name} holds {value.dtype} numbers, expected {target.dtype}")
+        theirs, ours = (str(tensor.dtype).removeprefix("torch.") for tensor in (value, target))
+        raise UserError(f"{name} holds {theirs} numbers, expected {ours}")
     if not value.to(target.dtype).isfinite().all():
         raise UserError(f"{name} holds inf or nan: it was spoilt in training or conversion")
 
 
 def know(model, checkpoint):
-    """Give a model what its checkpoint says of its data: classes (K names), colors ((K, 3) uint8
-    or None), size (pixels of the short side in training, or None), first_id (class 0's in masks).
-    """
+    """Give a model what its checkpoint says of its data: classes (K names), colors ((K, 3) uint8 or
+    None), size (of the short side in training, or None), first_id (of class 0 in masks)."""
     args, classes = checkpoint.get("args", {}), checkpoint.get("classes")
     colors, first_id = checkpoint.get("colors"), checkpoint.get("first_id")
     model.classes = classes or [f"class {k}" for k in range(model.num_classes)]
@@ -1177,8 +1176,7 @@ class Format:
     unfold: str = r"$^"
 
     def names(self, model):
-        """{our name of a tensor: the list of theirs} (more than one: stacked), for what this
-        format has of the model."""
+        """{our name of a tensor: the list of theirs, stacked} for what this format has."""
         if self.keys is None:
             return {key: [key] for key in model.state_dict()}
         head = self.heads.get("cls" if model.task == "cls" else model.spec.head, "")
@@ -1515,10 +1513,9 @@ def looks_like(model, state, form, trained):
 def export_pretrained(model, path, format=None, classes=None):
     """Write a model's weights under the names of a public format; load_pretrained reads them back.
 
-    path: a folder for "Hugging Face SegFormer" (for transformers' from_pretrained and pipeline),
-    else a .pth file with a flat dict; format: the name of one of FORMATS, by default the hub's for
-    a path without a suffix, else the first that is for such a row and has a name for each of its
-    tensors; classes: names for the hub's config. Errors: UserError."""
+    path: a folder for "Hugging Face SegFormer", else a .pth file with a flat dict; format: the name
+    of one of FORMATS, by default the hub's for a path without a suffix, else the first that is for
+    such a row and names its tensors; classes: names for the hub's config. Errors: UserError."""
     known = [f for f in FORMATS if f.dialect != MIT_MMSEG]     # its q, k and v are only taken apart
     if format is None and pathlib.Path(path).suffix:
         forms = [f for f in known[1:] if f.name != HUB and re.match(f.rows, model.spec.name)]
