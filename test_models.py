@@ -3053,17 +3053,13 @@ def literal_macs(name):
     ("dest_b1", 30.73, .01), ("dest_b2", 37.30, .01), ("dest_b3", 43.25, .01), ("dest_b4", 49.97, .01),
     ("dest_b5", 56.06, .01), ("lite_lsra", 57.552, 5e-4), ("lite_lsra_dest", 57.552, 5e-4),
     ("lite_rskip", 57.552, 5e-4), ("lite_ea", 56.990, 5e-4), ("lite_lsrea", 46.491, 5e-4),
-    ("lite_lsrea_ham", 9.168, 5e-4), ("lite_final", 9.568, 5e-4)])
+    ("lite_lsrea_ham", 9.168, 5e-4), ("lite_final", 9.568, 5e-4),
+    *((name, published, None) for name, published in (      # torchprofile counts norms and resizing too
+        ("segnext_t", 6.59), ("segnext_s", 15.85), ("segnext_b", 34.90), ("segnext_l", 69.96), ("lawin_b0", 5.11),
+        ("lawin_b1", 12.44), ("lawin_b2", 44.15)))])
 def test_macs_are_the_published(name, published, tolerance):
-    assert literal_macs(name) / 1e9 == pytest.approx(published, abs=tolerance)
-
-
-@pytest.mark.parametrize("name, published", [
-    ("segnext_t", 6.59), ("segnext_s", 15.85), ("segnext_b", 34.90), ("segnext_l", 69.96), ("lawin_b0", 5.11),
-    ("lawin_b1", 12.44), ("lawin_b2", 44.15)])
-def test_macs_are_just_below_the_published(name, published):
-    """torchprofile counts norms and resizing too."""
-    assert 0.992 * published < literal_macs(name) / 1e9 < published
+    literal = literal_macs(name) / 1e9
+    assert abs(literal - published) <= tolerance if tolerance else 0.992 * published < literal < published
 
 
 @pytest.mark.parametrize("name, published, digits", [
