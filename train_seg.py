@@ -27,7 +27,7 @@ from layers import UpsampledCrossEntropy, UserError
 # With --data-path: the original project's recipe. Without: one for the embedded data.
 RECIPE = dict(model="segformer_b2", crop=512, epochs=60, batch_size=16, lr=6e-5, head_lr=10.0,
               weight_decay=0.01, clip=math.inf)
-QUICK = dict(model="segformer_b0", crop=64, epochs=11, batch_size=8, lr=3e-3, head_lr=1.0,
+QUICK = dict(model="segformer_b0", crop=64, epochs=11, batch_size=8, lr=1.5e-3, head_lr=1.0,
              weight_decay=0.01, clip=1.0, workers=0, drop_path=0.0)
 
 
