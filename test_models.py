@@ -2677,8 +2677,9 @@ def test_plot_puts_points_where_the_axes_say(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def test_data_command(tmp_path, capsys):
+    check = lambda folder, out: data.main([str(tmp_path / folder), "--out", str(tmp_path / out)])
     make_set(tmp_path / "good", splits=["val"])                     # a set with nothing but a validation split
-    data.main([str(tmp_path / "good"), "--out", str(tmp_path / "sheet.png")])
+    check("good", "sheet.png")
     out = capsys.readouterr().out
     assert "layout: ADE20K" in out and "id k of a mask is class k-1" in out
     assert "val: 4 images, 4 of them good" in out and "width  min 50, median 52, max 53" in out
@@ -2687,18 +2688,18 @@ def test_data_command(tmp_path, capsys):
     assert f"{100 * (masks == 2).mean():9.3f}       4  class 1" in out
     assert f"{100 * ((masks == 0) | (masks == 255)).mean():9.3f}       4  (ignored)" in out
     assert Image.open(tmp_path / "sheet.png").size[0] > 400
-    data.main([str(make_tree(tmp_path / "tree")), "--out", str(tmp_path / "tree.png")])
+    make_tree(tmp_path / "tree")
+    check("tree", "tree.png")
     out = capsys.readouterr().out
     assert "train: 9 images, 9 of them good" in out
     assert "3 classes of 3 to 3 images" in out and "3 classes of 2 to 2 images" in out
-    refused(lambda: data.main([str(tmp_path / "good"), "--out", str(tmp_path / "none/sheet.png")]), "--out",
-            "none/sheet.png")
+    refused(lambda: check("good", "none/sheet.png"), "--out", "none/sheet.png")
     make_set(tmp_path / "bad", images=5)
     (tmp_path / "bad/images/training/0.jpg").write_text("")
     (tmp_path / "bad/annotations/training/1.png").unlink()
     (tmp_path / "bad/images/validation/2.jpg").unlink()
     Image.new("L", (9, 9)).save(tmp_path / "bad/annotations/validation/3.png")
-    refused(lambda: data.main([str(tmp_path / "bad"), "--out", str(tmp_path / "bad.png")]), "4 bad files or faults")
+    refused(lambda: check("bad", "bad.png"), "4 bad files or faults")
     err = capsys.readouterr().err
     assert (tmp_path / "bad.png").exists() and "images/training/2.jpg" not in err
     for name in ("images/training/0.jpg", "images/training/1.jpg", "annotations/validation/2.png",
@@ -3087,17 +3088,17 @@ def test_counting_leaves_no_trace():
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_flops_command(tmp_path, capsys):
-    flops.main(["--model", "segformer_b2", "--head", "mlp_concat", "--json", str(tmp_path / "a.json")])
-    table = json.loads((tmp_path / "a.json").read_text())
-    assert table["macs"] == 62_337_843_200
-    assert table["params"] == 27_461_974 and "62,337,843,200" in capsys.readouterr().out
+def test_flops_command(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a.json"
+    flops.main(["--model", "segformer_b2", "--head", "mlp_concat", "--json", str(path)])
+    table = json.loads(path.read_text())
+    assert (table["macs"], table["params"]) == (62_337_843_200, 27_461_974)
+    assert "62,337,843,200" in capsys.readouterr().out
     flops.main(["--model", "segformer_b0", "--size", "64x96", "--json"])
     assert json.loads(capsys.readouterr().out)["size"] == [64, 96]
     refused(lambda: flops.main(["--model", "segformer_b99"]), "segformer_b99", "segformer_b0")
-    flops.main(["--rows", "segformer_b0", "pvt_v2_b[01]", "--size", "64", "--latency", "2", "--amp", "bf16", "--json",
-                str(tmp_path / "a.json")])
-    out, table = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
+    flops.main([*"--rows segformer_b0 pvt_v2_b[01] --size 64 --latency 2 --amp bf16 --json".split(), str(path)])
+    out, table = capsys.readouterr().out, json.loads(path.read_text())
     assert [row["model"] for row in table] == ["segformer_b0", "pvt_v2_b0", "pvt_v2_b1"] and "bfloat16" in out
     for row in table:
         times = row["latency"]
@@ -3106,16 +3107,14 @@ def test_flops_command(tmp_path, capsys):
         assert f" {times['median_ms']:.1f} " in next(line for line in out.splitlines() if line.startswith(row["model"]))
     flops.main(["--model", "segformer_b0", "--sizes", "96", "64", "--json"])
     assert [row["size"] for row in json.loads(capsys.readouterr().out)] == [[64, 64], [96, 96]]
-    (tmp_path / "a.json").write_text('{"segformer_b0-attn=lsra+lsra+sra+sra": [60, 62.5], "pvt_v2_b0": 58}')
-    drawn = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "plot", lambda path, series, *_, **__: drawn.update(series))
-        flops.main(["--plot", str(tmp_path / "p.png"), "--accuracy", str(tmp_path / "a.json"), "--size", "64"])
+    path.write_text('{"segformer_b0-attn=lsra+lsra+sra+sra": [60, 62.5], "pvt_v2_b0": 58}')
+    drawn, call = {}, ["--plot", str(tmp_path / "p.png"), "--accuracy", str(path)]
+    monkeypatch.setattr(data, "plot", lambda path, series, *_, **__: drawn.update(series))
+    flops.main([*call, "--size", "64"])
     gmac = flops.count(on_meta("segformer_b0", attn="lsra,lsra,sra,sra"), (64, 64)).macs / 1e9
     assert drawn["segformer"] == [(gmac, 60), (gmac, 62.5), (gmac, 61.25, "segformer_b0-attn=lsra+lsra+sra+sra")]
     for content in ("[7]", '{"segformer_b9": 3}', '{"segformer_b0": "x"}'):
-        (tmp_path / "a.json").write_text(content)
-        call = ["--plot", str(tmp_path / "p.png"), "--accuracy", str(tmp_path / "a.json")]
+        path.write_text(content)
         refused(lambda: flops.main(call), "a.json")
     for call in ("--batch-size 2", "--all --model segformer_b0", "--baseline segformer_b0", "--sizes 64 --size 32"):
         refused(lambda: flops.main(call.split()), "no effect")
@@ -3609,35 +3608,25 @@ def as_tokens(m, x):
     return layers.grid(m(layers.tokens(x), x.shape[2:]), x)
 
 
-def speed_pairs():
-    """name: (ours, theirs, width, side of the map, how to call theirs), at the stages of a 512 x 512 image."""
-    pairs, as_map = {}, lambda m, x: m(x)
-    for dim, heads, r, side in zip((64, 128, 320, 512), (1, 2, 5, 8), (8, 4, 2, 1), (128, 64, 32, 16)):
-        for linear, words in ((False, ("sra", "mix")), (True, ("lsra", "mix_relu"))):
-            pairs[f"{'+'.join(words)} {dim}, timm PVTv2"] = (
-                block(*words, "pre", dim, heads, r, 1e-6),
-                lambda timm, linear=linear, dim=dim, heads=heads, r=r: timm.models.pvt_v2.Block(
-                    dim, heads, sr_ratio=r, linear_attn=linear, qkv_bias=True), dim, side, as_tokens)
-    for dim, heads, side in zip((96, 192, 384, 768), (3, 6, 12, 24), (128, 64, 32, 16)):
-        for i in (0, 1):
-            pairs[f"window+mlp {dim} shift {3 * i}, timm Swin"] = (
-                block("window", "mlp", "pre", dim, heads, 1, 1e-5, index=i),
-                lambda timm, dim=dim, heads=heads, side=side, i=i: timm.models.swin_transformer.SwinTransformerBlock(
-                    dim, (side, side), heads, shift_size=3 * i), dim, side, lambda m, x: m(x.permute(0, 2, 3, 1)))
-    for dim, out, r, side in zip((96, 192, 384, 768), (96, 256, 512, 1024), (8, 4, 2, 1), (128, 64, 32, 16)):
-        pairs[f"NCB {dim}, timm Next-ViT"] = (next_block(layers.NextConvBlock, dim, dim, 1, dim),
-                                              lambda timm, dim=dim: timm.models.nextvit.NextConvBlock(dim, dim), dim,
-                                              side, as_map)
-        if r < 8:
-            pairs[f"NTB {dim} -> {out}, timm Next-ViT"] = (
-                next_block(NTB, layers.attention_width(out), dim, 1, out, r, 0),
-                lambda timm, dim=dim, out=out,
-                r=r: timm.models.nextvit.NextTransformerBlock(dim, out, drop_path=0.0, sr_ratio=r),
-                dim, side, as_map)
-    return pairs
-
-
-SPEED_PAIRS = speed_pairs()
+SPEED_PAIRS = {     # name: (ours, theirs, width, side of the map in a 512 x 512 image, how to call theirs)
+    "sra+mix, timm PVTv2": (
+        block("sra", "mix", "pre", 128, 2, 4, 1e-6),
+        lambda timm: timm.models.pvt_v2.Block(128, 2, sr_ratio=4, qkv_bias=True), 128, 64, as_tokens),
+    "lsra+mix_relu, timm PVTv2": (
+        block("lsra", "mix_relu", "pre", 128, 2, 4, 1e-6),
+        lambda timm: timm.models.pvt_v2.Block(128, 2, linear_attn=True, qkv_bias=True), 128, 64, as_tokens),
+    "window+mlp, timm Swin": (
+        block("window", "mlp", "pre", 192, 6, 1, 1e-5, index=1),
+        lambda timm: timm.models.swin_transformer.SwinTransformerBlock(192, (64, 64), 6, shift_size=3), 192, 64,
+        lambda m, x: m(x.permute(0, 2, 3, 1))),
+    "NCB, timm Next-ViT": (
+        next_block(layers.NextConvBlock, 192, 192, 1, 192),
+        lambda timm: timm.models.nextvit.NextConvBlock(192, 192), 192, 64, lambda m, x: m(x)),
+    "NTB, timm Next-ViT": (
+        next_block(NTB, layers.attention_width(256), 192, 1, 256, 4, 0),
+        lambda timm: timm.models.nextvit.NextTransformerBlock(192, 256, drop_path=0.0, sr_ratio=4), 192, 64,
+        lambda m, x: m(x)),
+}
 
 
 @pytest.mark.parametrize("pair", SPEED_PAIRS)
@@ -3665,11 +3654,9 @@ def test_speed_of_blocks(on_demand, pair):
 
 # ru_maxrss would know the parent's
 MEMORY = """
-import sys, torch
-sys.path.insert(0, {here!r})
-import layers, models, test_models
+import sys, torch, layers, models, test_models
 x, labels = torch.randn(8, 3, 512, 512), torch.randint(0, 150, (8, 512, 512))
-if {ours}:
+if sys.argv[1] == "ours":
     model = models.build("segformer_b0").to(memory_format=torch.channels_last).train()
     layers.UpsampledCrossEntropy()(model(x.to(memory_format=torch.channels_last)), labels).backward()
 else:
@@ -3678,12 +3665,10 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-def test_speed_memory_of_a_training_step(on_demand, tmp_path):
+def test_speed_memory_of_a_training_step(on_demand):
     """Peak resident memory of one SegFormer-B0 step at batch 8, a fresh process each."""
     pytest.importorskip("transformers")
-    peak = []
-    for ours in (True, False):
-        (tmp_path / "step.py").write_text(MEMORY.format(here=HERE, ours=ours))
-        peak.append(int(run(tmp_path / "step.py")[1].split()[-1]) / 2 ** 20)
+    peak = [int(subprocess.check_output([sys.executable, "-c", MEMORY, whose], cwd=HERE).split()[-1]) / 2 ** 20
+            for whose in ("ours", "theirs")]
     print(f"\nsegformer_b0 step, batch 8: peak {peak[0]:.2f} GiB, transformers {peak[1]:.2f} GiB, "
           f"{peak[0] / peak[1]:.2f} of it")
