@@ -3465,7 +3465,7 @@ def test_mistakes_on_the_command_line(tiny, tmp_path):
     refused(seg("--device", "mps"), "--device mps", "use cpu, cuda or cuda:N")
     refused(seg("--resume", tmp_path / "nowhere"), "nowhere", "no such file")
     refused(seg("--pretrain", tmp_path / "nowhere.pt"), "nowhere.pt", "no such file")
-    refused(seg("--data-path", tiny[train_cls]), tiny[train_cls], "images/ with annotations/")
+    refused(seg("--data-path", tiny[train_cls]), tiny[train_cls], "train/images: no such folder", "n01/")
     (tmp_path / "file").write_text("")
     refused(seg("--output-dir", tmp_path / "file"), tmp_path / "file", "--output-dir")
     refused(lambda: train(train_cls, tiny, tmp_path / "run", "--erase", "2"), "--erase: '2'")
