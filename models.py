@@ -551,8 +551,7 @@ def save_checkpoint(path, checkpoint):
 
 def write_file(path, parts):
     """Write bytes; a reader, or a crash, sees the old file or the whole new one, never a part."""
-    path = pathlib.Path(path)
-    part = path.with_name(path.name + ".part")
+    path, part = pathlib.Path(path), pathlib.Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
             file.writelines(parts)
@@ -766,8 +765,8 @@ def find_state(output, resume, settings):
         path = path / "last.pt" if path.is_dir() else path
     state = read_checkpoint(path)
     kinds = dict(model=dict, optimizer=dict, scaler=dict, args=dict, rows=list, best=dict)
-    if not isinstance(state, dict) or any(not isinstance(state.get(key), kind)
-                                          for key, kind in kinds.items()):
+    found = state if isinstance(state, dict) else {}
+    if not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path}: not the last.pt of a run, and only that can be continued; "
                         "--pretrain takes weights")
     theirs = state["args"]
@@ -827,8 +826,7 @@ def training_parser(description, recipe, quick):
     add("--drop-path", "stochastic depth (default: the model's own [0])", type=share)
     add("--pretrain", "weights to start from: a best.pt, a public file, a Hugging Face folder")
     add("--epochs", "passes over the training set", type=positive_int)
-    add("--batch-size", "images per process and pass; if not given, they share the recipe's",
-        type=positive_int)
+    add("--batch-size", "images per process and pass; else these share it", type=positive_int)
     add("--accum", "passes per step: effective batch = batch size x processes x passes",
         type=positive_int, default=1)
     add("--lr", "learning rate of the encoder", type=positive)
@@ -841,12 +839,10 @@ def training_parser(description, recipe, quick):
     add("--amp", "mixed precision", choices=["off", "bf16", "fp16"], default="off")
     add("--sync-bn", "BatchNorm statistics over all processes (CUDA)", action="store_true")
     add("--compile", "torch.compile the model for training", action="store_true")
-    add("--checkpointing", "less memory: blocks are computed again in the backward pass",
-        action="store_true")
+    add("--checkpointing", "recompute blocks in backward: less memory", action="store_true")
     add("--deterministic", "the same bits at every run on CUDA, slower", action="store_true")
     add("--eval-every", "epochs per validation", type=positive_int, default=1, metavar="EPOCHS")
-    add("--save-every", "write last.pt within an epoch too", type=positive_int, default=500,
-        metavar="STEPS")
+    add("--save-every", "write last.pt this often", type=positive_int, default=500, metavar="STEPS")
     add("--seed", "of weights, order, augmentation and dropout", type=count, default=0)
     add("--workers", "loader processes per training process (default: on CUDA its share of the "
         "cores, at most 8; else 2 [0])", type=count)
@@ -1324,9 +1320,9 @@ def load_pretrained(model, source):
     path, state, trained = read_weights(source)
     form, prefix = recognise(model, state)
     if form is None:
+        known = ", ".join(f.name for f in FORMATS)
         raise UserError(f"{path}: none of its {len(state)} tensors ({', '.join(state)[:99]} "
-                        "...) has a name of a known format; these are: "
-                        f"{', '.join(f.name for f in FORMATS)}")
+                        f"...) has a name of a known format; these are: {known}")
     outside = [name for name in state if not name.startswith(prefix) and not counter(name)]
     state = {name.removeprefix(prefix): value for name, value in state.items()
              if name.startswith(prefix)}
@@ -1365,12 +1361,12 @@ def read_weights(source):
     state = largest_table(content)
     if not state:
         raise UserError(f"{path}: holds no state dict (a table of named tensors)")
-    for name in [name for name in state if re.search(r"\bin_proj_(weight|bias)$", name)]:
-        # mmsegmentation's q, k and v in one, where we have q alone
-        value = state.pop(name)
-        third = value.shape[0] // 3 if value.ndim else 0
-        state[name.replace("in_proj_", "in_q.")] = value[:third]
-        state[name.replace("in_proj_", "in_kv.")] = value[third:]
+    for name, value in list(state.items()):         # mmsegmentation has q, k and v in one
+        if re.search(r"\bin_proj_(weight|bias)$", name) and value.ndim:
+            third = len(value) // 3
+            state[name.replace("in_proj_", "in_q.")] = value[:third]
+            state[name.replace("in_proj_", "in_kv.")] = value[third:]
+            del state[name]
     try:
         trained = make_spec(content["spec"]["name"], **content["spec"]["slots"])
     except (KeyError, TypeError, UserError):
