@@ -1781,6 +1781,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     train = args.path and args.path / "train"
     if args.path is None:
+        if args.zero_is_class:
+            raise UserError("--zero-is-class: no effect without PATH; leave it out")
         problems, notes, sheet = check_segmentation({s: Shapes(s) for s in ("train", "val")})
     elif train.is_dir() and not (train / "images").is_dir():
         if args.zero_is_class:

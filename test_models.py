@@ -3428,6 +3428,8 @@ def test_mistakes_on_the_command_line(tiny, tmp_path):
     refused(seg("--warmup", "2e"), "--warmup", "8 steps")
     refused(seg("--sync-bn"), "--sync-bn")
     refused(seg("--deterministic"), "--deterministic")
+    refused(lambda: train_seg.main(["--zero-is-class"]), "--zero-is-class", "no effect without --data-path")
+    refused(lambda: train_cls.main(["--erase", "0.2"]), "--erase", "no effect without --data-path")
     refused(seg("--device", "abacus"), "--device abacus")
     refused(seg("--device", "mps"), "--device mps", "use cpu, cuda or cuda:N")
     refused(seg("--resume", tmp_path / "nowhere"), "nowhere", "no such file")

@@ -55,6 +55,9 @@ def learning_rate(step, steps, warmup, args):
 
 def load_datasets(args):
     if args.data_path is None:
+        if args.zero_is_class or args.scale_base:
+            raise UserError("--zero-is-class, --scale-base: no effect without --data-path; leave "
+                            "them out")
         return data.Shapes("train", args.crop, args.seed), data.Shapes("val")
     train = data.FolderSegmentation(args.data_path, "train", args.crop, args.seed,
                                     args.zero_is_class, scale_base=args.scale_base)
