@@ -2258,7 +2258,7 @@ def test_an_epoch_goes_on_in_its_middle_without_loading_what_was_used(tmp_path):
     assert torch.equal(last, batches[-1])
 
 
-def test_loaders_without_a_number_of_workers(monkeypatch):
+def test_loaders_without_workers_or_with_a_batch_that_cannot_be_filled(monkeypatch):
     monkeypatch.setattr(data, "cores", lambda: 24)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     for device, workers in (("cuda", 6), ("cpu", 2)):
@@ -2266,6 +2266,7 @@ def test_loaders_without_a_number_of_workers(monkeypatch):
         for make in (data.eval_loader, lambda *args: data.train_loader(*args[:3], 0, args[3])):
             assert make(range(9), 2, processes, None).num_workers == workers
             assert make(range(9), 2, processes, 1).num_workers == 1
+    refused(lambda: data.train_loader(range(4), 3, data.Processes(world=2), 0, 0), "--batch-size 3", "4 images")
 
 
 def test_seeds_of_steps_differ_and_have_any_size():
@@ -2429,11 +2430,6 @@ def test_what_ends_a_script(tmp_path):
         assert len(results.pop(name)[1].splitlines()) == (words != ""), name
     status, text = results.pop("bug")
     assert status == 1 and text.startswith("Traceback") and text.endswith("KeyError: 'oops'") and not results
-
-
-def test_a_batch_that_cannot_be_filled(tmp_path):
-    dataset = data.FolderSegmentation(make_set(tmp_path), "train", crop=16)
-    refused(lambda: data.train_loader(dataset, 3, data.Processes(world=2), 0, 0), "--batch-size 3", "4 images")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3428,15 +3424,13 @@ def test_the_embedded_data_train_without_a_flag(tmp_path, monkeypatch, capsys):
 # README.md
 # ---------------------------------------------------------------------------------------------------------------------
 
-def readme_code():
-    """Its Python, block by block: prediction, plot, a mixer, a head, a row."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        return re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
+with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+    README = file.read()
+README_CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)      # prediction, plot, a mixer, a head, a row
 
 
 def test_the_readme_s_flags_exist(capsys):
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        flags = set(re.findall(r"--[a-z][a-z-]+", file.read()))
+    flags = set(re.findall(r"--[a-z][a-z-]+", README))
     for script in (data, eval, flops, models, train_cls, train_seg):
         with pytest.raises(SystemExit):
             script.main(["--help"])
@@ -3454,7 +3448,7 @@ def test_the_readme_s_python_runs(tmp_path, monkeypatch):
         "classes": data.Shapes.classes, "colors": data.Shapes.colors.tolist()})
     (folder / "log.jsonl").write_text('{"epoch": 1, "loss": 2}\n{"epoch": 2, "mIoU": 7.5}\n{"epoch": 3, "mIoU": 9}\n')
     Image.new("RGB", (90, 70), "green").save("photo.jpg")
-    predict, plot = readme_code()[:2]
+    predict, plot = README_CODE[:2]
     names = {}
     exec(predict, names)
     assert names["classes"].shape == (70, 90) and Image.open("classes.png").size == (90, 70)
@@ -3464,7 +3458,7 @@ def test_the_readme_s_python_runs(tmp_path, monkeypatch):
 
 def test_what_the_readme_adds_builds_trains_and_counts(monkeypatch):
     """Its mixer, head and row, pasted into their files; the tests then ask for what they cannot know."""
-    for code, module in zip(readme_code()[2:], (layers, layers, models), strict=True):
+    for code, module in zip(README_CODE[2:], (layers, layers, models), strict=True):
         tables = {name: vars(module)[name] for name in ("ATTENTION", "HEAD", "SIZES", "MODELS") if name in vars(module)}
         pasted = vars(module) | {name: dict(table) for name, table in tables.items()}
         exec(code, pasted)
