@@ -2480,10 +2480,9 @@ def test_restructured_validation_and_image_folders(tmp_path):
     (root / "val/val_annotations.txt").unlink()
     (root / "val/images").rmdir()
     assert labels_by_file(data.TinyImageNet(root, "val")) == official
-    for name in ("n01", "n02", "n03"):                              # a plain ImageFolder tree
-        for path in (root / "train" / name / "images").iterdir():
-            path.rename(root / "train" / name / path.name)
-        (root / "train" / name / "images").rmdir()
+    for folder in list((root / "train").iterdir()):                 # a plain ImageFolder tree
+        shutil.copytree(folder / "images", folder, dirs_exist_ok=True)
+        shutil.rmtree(folder / "images")
     assert len(data.TinyImageNet(root, "train")) == 9
     (root / "val/n02").rename(root / "val/n09")                     # never a silent shift of the classes behind it
     refused(lambda: data.TinyImageNet(root, "val"), "val", "n02", "same classes")
@@ -2518,8 +2517,7 @@ def test_classification_views_against_plain_pillow(tmp_path):
         got = dataset[1][0].permute(1, 2, 0).numpy()
         assert abs(got - expected).max() < 0.03
     steps = data.TinyImageNet(root, "train", 32).transform.transforms
-    modes = {str(step.interpolation) for step in steps if hasattr(step, "interpolation")}
-    assert modes == {"InterpolationMode.BICUBIC"}
+    assert {step.interpolation.name for step in steps if hasattr(step, "interpolation")} == {"BICUBIC"}
     whole = data.TinyImageNet(root, "train", 32, **plain)[1][0]
     for part in plain:                                              # each part alone does something in some epoch
         alone = data.TinyImageNet(root, "train", 32, **plain | {part: 1.0 if part in ("jitter", "erase") else True})
@@ -3160,10 +3158,6 @@ def test_resuming_gives_the_bits_of_never_having_stopped(tiny, uninterrupted, tm
     assert same_bits(models.read_checkpoint(tmp_path / "best.pt")["model"],
                      models.read_checkpoint(whole / "best.pt")["model"])
     assert ("continuing after step" in capsys.readouterr().out) == (place != "before the log is written")
-    before = contents(tmp_path)
-    train(script, tiny, tmp_path, *more)               # once more: nothing to do, nothing written
-    assert "complete already" in capsys.readouterr().out
-    assert before == contents(tmp_path)
 
 
 def test_a_stopped_and_killed_run_loses_nothing(tiny, uninterrupted, tmp_path):
@@ -3212,7 +3206,7 @@ def test_another_run_in_the_folder_is_refused_and_kept(tiny, uninterrupted):
     holder.stdout.readline()
     refused(again, folder, "another run is writing here", f"process {os.getpid()} on ")
     holder.communicate()
-    again()
+    again()                                                         # nothing to do, nothing written
     assert before == contents(folder)
 
 
