@@ -3371,7 +3371,8 @@ def test_mistakes_on_the_command_line(tiny, tmp_path):
 
 def test_the_processes_share_the_recipes_batch():
     """16 images in all, however many processes and passes; nothing is rounded."""
-    args = SimpleNamespace(data_path="PATH", batch_size=None, accum=2, sync_bn=False, deterministic=False)
+    args = SimpleNamespace(data_path="PATH", batch_size=None, accum=2, sync_bn=False, checkpointing=False,
+                           compile=False, deterministic=False)
     models.settle_arguments(args, {"batch_size": 16}, {}, data.Processes(world=4))
     assert args.batch_size == 2
     args.batch_size = None
