@@ -2977,11 +2977,11 @@ def test_counting_leaves_no_trace():
     model.train()
     model.encoder.stages[0].eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()]
-    first, second = flops.count(model, (64, 64)), flops.count(model, (64, 64))
-    assert first == second
+    first = flops.count(model, (64, 64))
+    assert first == flops.count(model, (64, 64))
     assert sum(r["macs"] for r in first.rows) == first.macs and sum(r["params"] for r in first.rows) == first.params
-    assert {p: m for p, (_, m) in first.by_part().items()} == {
-        p: sum(r["macs"] for r in first.rows if r["part"] == p) for p in first.by_part()}
+    for part, (_, macs) in first.by_part().items():
+        assert macs == sum(r["macs"] for r in first.rows if r["part"] == part)
     assert [m.training for m in model.modules()] == before[1]
     assert all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
@@ -3255,14 +3255,11 @@ def test_learning_rates_against_their_formulas():
         assert train_seg.learning_rate(step, 100, 20, args) == pytest.approx(poly * (1 - k), rel=1e-9)
         assert train_seg.learning_rate(step, 100, 0, args) == pytest.approx(poly)
     rates = [train_cls.learning_rate(step, 100, 20, 1e-3) for step in range(101)]
-    assert rates[0] == pytest.approx(1e-6) and rates[10] == pytest.approx((1e-6 + 1e-3) / 2)
-    assert rates[20] == pytest.approx(1e-3)
-    assert rates[60] == pytest.approx((1e-3 + 1e-5) / 2) and rates[100] == pytest.approx(1e-5)
-    assert rates[40] == pytest.approx(1e-5 + (1e-3 - 1e-5) * (2 + 2 ** 0.5) / 4)
+    assert [rates[step] for step in (0, 10, 20, 40, 60, 100)] == pytest.approx(
+        [1e-6, (1e-6 + 1e-3) / 2, 1e-3, 1e-5 + (1e-3 - 1e-5) * (2 + 2 ** 0.5) / 4, (1e-3 + 1e-5) / 2, 1e-5])
     assert sorted(rates[20:], reverse=True) == rates[20:]
-    assert models.warmup_steps(None, 1000, 100) == 50 and models.warmup_steps(None, 10 ** 6, 100) == 1500
-    assert models.warmup_steps(models.steps_or_epochs("2.5e"), 1000, 100) == 250
-    assert models.warmup_steps(models.steps_or_epochs("30"), 1000, 100) == 30
+    for warmup, steps, expected in ((None, 1000, 50), (None, 10 ** 6, 1500), ("2.5e", 1000, 250), ("30", 1000, 30)):
+        assert models.warmup_steps(warmup and models.steps_or_epochs(warmup), steps, 100) == expected
     refused(lambda: models.warmup_steps(models.steps_or_epochs("5e"), 100, 20), "--warmup", "100 steps")
 
 
