@@ -1798,7 +1798,7 @@ def main(argv=None):
         with writing("--out", args.out):
             contact_sheet(sheet[0], args.out, *sheet[1:])
     if problems:
-        raise UserError(f"{shown(args.path)}: {len(problems)} bad files or faults, listed above")
+        raise UserError(f"{shown(args.path)}: faults: {len(problems)}, listed above")
     print(f"every file is good; some of them are drawn in {args.out}")
 
 

@@ -2605,7 +2605,7 @@ def test_data_command(tmp_path, capsys):
     (tmp_path / "bad/annotations/training/1.png").unlink()
     (tmp_path / "bad/images/validation/2.jpg").unlink()
     Image.new("L", (9, 9)).save(tmp_path / "bad/annotations/validation/3.png")
-    refused(lambda: check("bad", "bad.png"), "4 bad files or faults")
+    refused(lambda: check("bad", "bad.png"), "faults: 4")
     err = capsys.readouterr().err
     assert (tmp_path / "bad.png").exists() and "images/training/2.jpg" not in err
     for name in ("images/training/0.jpg", "images/training/1.jpg", "annotations/validation/2.png",
