@@ -532,13 +532,13 @@ def large_window_formula(m, ratio, x):
     out = torch.zeros_like(conv(m.theta, y))
     for i in range(y.shape[2] // 8):
         for j in range(y.shape[3] // 8):
-            own = slice(8 * i, 8 * i + 8), slice(8 * j, 8 * j + 8)
+            own = ..., slice(8 * i, 8 * i + 8), slice(8 * j, 8 * j + 8)
             c = z[:, :, step * i:step * i + 8, step * j:step * j + 8]
             if m.norm is not None:
                 c = ln(m.norm, c).flatten(2).unflatten(1, (heads, -1))                              # (B, h, d, 64)
                 c = (c + c @ m.mixing.weight + m.mixing.bias).reshape(len(x), -1, 8, 8)
-            q = conv(m.theta, y[:, :, *own])
-            out[:, :, *own] = attention(q, conv(m.phi, c), conv(m.g, c), heads)
+            q = conv(m.theta, y[own])
+            out[own] = attention(q, conv(m.phi, c), conv(m.g, c), heads)
     return x + bn(m.out.norm, conv(m.out.conv, out))[:, :, :x.shape[2], :x.shape[3]]
 
 
