@@ -626,6 +626,8 @@ def check_archive(path):
     """UserError unless a zip archive holds what it claims; torch.load looks at no check sum."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise UserError(f"{path}: a TorchScript program; save its state_dict() instead")
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         if packed or sum(entry.file_size for entry in entries) > os.path.getsize(path):
             raise UserError(f"{path}: compressed or overlapping parts, as torch.save writes none")
