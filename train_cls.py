@@ -169,7 +169,8 @@ def main(argv=None):
            f"{warmup} of warm-up; output: {output}")
     complete_already = len(rows) == args.epochs
     if done and not complete_already:
-        report(f"continuing after step {done} of {steps}; best top-1 so far {best['top1']:.2f} %")
+        so_far = f"; best top-1 so far {best['top1']:.2f} %" if best["epoch"] else ""
+        report(f"continuing after step {done} of {steps}{so_far}")
 
     for epoch in range(len(rows), args.epochs):
         # The order of the images is a function of (seed, epoch), so that the loader can begin at
