@@ -61,7 +61,8 @@ def learning_rate(step, steps, warmup, base):
 def load_datasets(args):
     if args.data_path is None:
         if args.rand_augment or args.erase:
-            raise UserError("--rand-augment, --erase: no effect without --data-path; leave them out")
+            raise UserError("--rand-augment, --erase: no effect without --data-path; leave them "
+                            "out")
         train = data.LargestShape("train", args.image_size, args.seed)
         return train, data.LargestShape("val")
     train = data.TinyImageNet(args.data_path, "train", args.image_size, seed=args.seed,
