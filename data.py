@@ -984,8 +984,7 @@ class FolderSegmentation(EpochDataset):
         if mask.max() >= limit or mask.min() < 0:
             bad = mask[((mask >= limit) | (mask < 0)) & (mask != IGNORED)]
             if bad.size:
-                # Pillow reads unsigned numbers of 32 bits as signed ones.
-                raise UserError(f"{shown(path)}: label id {int(bad[0]) % 2 ** 32} is beyond the "
+                raise UserError(f"{shown(path)}: label id {bad[0]} is beyond the "
                                 f"{self.num_classes} classes (ids {first}..{limit - 1}, 255 ignored"
                                 "); correct the mask or the class names, or add a label_map.json")
         mask = mask.astype(np.uint8, copy=False)
