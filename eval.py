@@ -229,6 +229,7 @@ def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
     device, flags, paths = processes.device, [], []
     matrix = ConfusionMatrix(model.num_classes, device)
     criterion = layers.UpsampledCrossEntropy(data.IGNORED)
+    one = torch.ones((), device=device)     # the loss of a batch is its sum; no upload for each
     for items in batches(model, dataset, processes, batch_size, workers):
         groups = {}         # images of one size go together: padding would change the result
         for item in items:
@@ -239,7 +240,7 @@ def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
             with naming(names[0]):
                 logits = views(model, images, **protocol)
             classes = layers.upsampled_argmax(logits, labels.shape[1:])
-            matrix.update(classes, labels, criterion(logits[0], labels, count=1))
+            matrix.update(classes, labels, criterion(logits[0], labels, one))
             flags.append(finite(logits))
             paths += names
     refuse_not_finite(flags, paths.__getitem__)

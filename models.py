@@ -603,9 +603,11 @@ def read_checkpoint(path):
         if zipfile.is_zipfile(path):
             check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
+    except (UserError, MemoryError):    # a lack of memory is no fault of the file
         raise
-    except Exception as error:      # torch.load reports a broken file by nearly any exception
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})")
+    except Exception as error:      # torch.load reports a broken file by nearly any other exception
         reason = "not a readable checkpoint (truncated, damaged or another format)"
         if "weights_only" in str(error) and "Unsupported operand" not in str(error):
             kind = re.search(r"GLOBAL (\S+)", str(error))
@@ -799,8 +801,9 @@ def tolerated(path):
     """For a file that a run can do without: where it cannot be made, that costs a line."""
     try:
         yield
-    except Exception as error:
-        print(f"note: {path} is not written ({str(error).strip().partition(chr(10))[0]})")
+    except Exception as error:      # whatever it is, the weights are saved and the run goes on
+        reason = str(error).strip().partition("\n")[0]
+        print(f"note: {path} is not written ({type(error).__name__}: {reason})")
 
 
 # ---- What both training scripts do in the same way -----------------------------------------------

@@ -1578,6 +1578,27 @@ def test_files_of_another_row_are_named(name, donor, form):
     refused(lambda: models.load_pretrained(on_meta(name, "cls"), state), form, f"looks like {donor}")
 
 
+def test_faults_of_the_machine_are_not_called_faults_of_the_file(tmp_path):
+    models.save_checkpoint(tmp_path / "good.pt", {"a": torch.zeros(2)})
+
+    def failing(error):
+        def load(*args, **more):
+            raise error
+        return load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.torch, "load", failing(OSError(5, "Input/output error")))
+        refused(lambda: models.read_checkpoint(tmp_path / "good.pt"), "good.pt", "Input/output error")
+        patch.setattr(models.torch, "load", failing(MemoryError()))
+        with pytest.raises(MemoryError):
+            models.read_checkpoint(tmp_path / "good.pt")
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_line_that_says_why(tmp_path, capsys):
+    with models.tolerated(tmp_path / "curve.png"):
+        raise KeyError("loss")
+    assert capsys.readouterr().out == f"note: {tmp_path / 'curve.png'} is not written (KeyError: 'loss')\n"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # data.py: data sets, layouts, labels
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3100,7 +3121,7 @@ class Cut(Exception):
 
 CUTS = {                # where a run ends: (module and name of a function that is called there, when)
     "in the last step of epoch 2": (None, "learning_rate", lambda step, steps, *_: step == steps - 1),
-    "instead of validating": (None, "evaluate", lambda *_, **__: True),
+    "instead of validating": (None, "evaluate_seg", lambda *_, **__: True),
     "instead of writing last.pt": (models, "save_checkpoint",
                                    lambda path, c: path.name == "last.pt" and c["epoch"] == 2),
     "before the log is written": (models, "write_log", lambda output, rows: len(rows) == 2),
@@ -3112,7 +3133,6 @@ CUTS = {                # where a run ends: (module and name of a function that 
 def test_resuming_gives_the_bits_of_never_having_stopped(tiny, uninterrupted, tmp_path, capsys, name, place):
     script, more = RUNS[name]
     module, function, when = CUTS[place]
-    function = function.replace("evaluate", "evaluate_seg")
     original = getattr(module or script, function)
 
     def cutting(*args, **more):
