@@ -65,7 +65,8 @@ import train_cls
 import train_seg
 from layers import ATTENTION, FFN, UserError
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))      # threads that wait for a busy core cost 20 x
+torch.set_num_threads(1)                # small models gain nothing by more, and one that waits for a core costs 20 x
+data.keep_memory = lambda keep=True: None           # it is for a process that does nothing else
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2973,7 +2974,7 @@ def tiny(tmp_path_factory):
     """{script: its tiny data set}. Every other mask is nearly empty: means of means would show."""
     root = tmp_path_factory.mktemp("tiny")
     make_set(root / "street", images=8)
-    for path in sorted((root / "street/annotations/training").iterdir())[::2]:
+    for path in (root / "street/annotations/training").glob("[0246].png"):
         mask = np.array(Image.open(path))
         mask[8:] = 0
         Image.fromarray(mask).save(path)
@@ -2988,39 +2989,27 @@ def flags(script, tiny, folder, *more):
 
 
 def train(script, *arguments):
-    """main() of a script with `flags`, on one thread: for models this small a second one only costs."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "keep_memory", lambda: None)            # it is for a process that does nothing else
-        try:
-            script.main(flags(script, *arguments))
-        finally:
-            torch.set_num_threads(2)
+    script.main(flags(script, *arguments))
 
 
 TIMES = {"seconds", "images_per_second", "peak_memory_gib"}         # what the clock says
-
-
-def rows(folder):
-    """The rows of log.jsonl, without times."""
-    return untimed([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
 
 
 def untimed(rows):
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
+def rows(folder):
+    """The rows of log.jsonl, without times."""
+    return untimed(map(json.loads, (folder / "log.jsonl").read_text().splitlines()))
+
+
 def same_bits(a, b):
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same_bits, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or a != a and b != b
-
-
-def differing(a, b):
-    """The keys of two states under which they differ."""
-    return [key for key in a | b if not same_bits(a.get(key, "absent"), b.get(key, "absent"))]
 
 
 def last(folder):
@@ -3047,21 +3036,17 @@ def uninterrupted(tiny, tmp_path_factory):
     return folders
 
 
-class Cut(Exception):
-    pass
-
-
-CUTS = {                # where a run ends: (module and name of a function that is called there, when)
+CUTS = {       # where a run ends: (module of the function that ends it, if not the script, its name, condition)
     "in the last step of epoch 2": (None, "learning_rate", lambda step, steps, *_: step == steps - 1),
-    "instead of validating": (None, "evaluate_seg", lambda *_, **__: True),
+    "instead of validating": (None, "evaluate_seg", lambda *_: True),
     "instead of writing last.pt": (models, "save_checkpoint",
-                                   lambda path, c: path.name == "last.pt" and c["epoch"] == 2),
+                                   lambda path, content: path.name == "last.pt" and content["epoch"] == 2),
     "before the log is written": (models, "write_log", lambda output, rows: len(rows) == 2),
 }
 
 
-@pytest.mark.parametrize("name, place", [("seg", place) for place in CUTS]
-                         + [(name, "in the last step of epoch 2") for name in RUNS if name != "seg"])
+@pytest.mark.parametrize("name, place", [*(("seg", place) for place in CUTS),
+                                         *((name, "in the last step of epoch 2") for name in RUNS if name != "seg")])
 def test_resuming_gives_the_bits_of_never_having_stopped(tiny, uninterrupted, tmp_path, capsys, name, place):
     script, more = RUNS[name]
     module, function, when = CUTS[place]
@@ -3069,48 +3054,49 @@ def test_resuming_gives_the_bits_of_never_having_stopped(tiny, uninterrupted, tm
 
     def cutting(*args, **more):
         if when(*args):
-            raise Cut
+            raise EOFError
         return original(*args, **more)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(EOFError):
         patch.setattr(module or script, function, cutting)
         train(script, tiny, tmp_path, *more, "--save-every", "1")
     torch.rand(3)                                                   # whatever the global random stream holds
     train(script, tiny, tmp_path, *more)
     whole = uninterrupted[name]
-    assert differing(last(tmp_path), last(whole)) == [] and last(whole)["epoch"] == 2
+    assert same_bits(last(tmp_path), last(whole)) and last(whole)["epoch"] == 2
     assert same_bits(rows(tmp_path), rows(whole)) and [row["epoch"] for row in rows(whole)] == [1, 2]
-    assert same_bits(models.read_checkpoint(tmp_path / "best.pt")["model"],
-                     models.read_checkpoint(whole / "best.pt")["model"])
+    assert same_bits(*(models.read_checkpoint(folder / "best.pt")["model"] for folder in (tmp_path, whole)))
     assert ("continuing after step" in capsys.readouterr().out) == (place != "before the log is written")
+
+
+def when_saved(process, path, since=0):
+    """Waits until a running script has written the file."""
+    while process.poll() is None and not (path.exists() and path.stat().st_mtime_ns > since):
+        time.sleep(0.002)
+    return process
 
 
 def test_a_stopped_and_killed_run_loses_nothing(tiny, uninterrupted, tmp_path):
     """SIGTERM once the first state is there: 143 and a line; then kill -9; then on to the end."""
-    for status in (143, -9):
-        time_before = (tmp_path / "last.pt").stat().st_mtime_ns if status == -9 else 0
-        process = launch("train_seg.py", flags(train_seg, tiny, tmp_path, "--ema", "0.9", "--save-every", "1"))
-        while process.poll() is None and not ((tmp_path / "last.pt").exists()
-                                              and (tmp_path / "last.pt").stat().st_mtime_ns > time_before):
-            time.sleep(0.002)
-        process.terminate() if status == 143 else process.kill()
-        returncode, out, err = ended(process)
-        assert returncode == status, err
-        assert ("stopped by SIGTERM: " in err and "goes on" in err) == (status == 143)
-    train(train_seg, tiny, tmp_path, "--ema", "0.9")
+    more, path, since = ["--ema", "0.9", "--save-every", "1"], tmp_path / "last.pt", 0
+    for stop, expected in (("terminate", 143), ("kill", -9)):
+        process = when_saved(launch("train_seg.py", flags(train_seg, tiny, tmp_path, *more)), path, since)
+        getattr(process, stop)()
+        status, _, err = ended(process)
+        assert status == expected and ("stopped by SIGTERM: " in err and "goes on" in err) == (status == 143), err
+        since = path.stat().st_mtime_ns
+    train(train_seg, tiny, tmp_path, *more)
     assert same_bits(last(tmp_path), last(uninterrupted["seg"])) and rows(tmp_path) == rows(uninterrupted["seg"])
 
 
 def test_resume_begins_a_new_folder_with_the_state_of_another(tiny, uninterrupted, tmp_path, capsys):
-    script, more = RUNS["cls"]
-    train(script, tiny, tmp_path / "new", *more, "--resume", uninterrupted["cls"])
-    assert "complete already" in capsys.readouterr().out and rows(tmp_path / "new") == rows(uninterrupted["cls"])
-    for name in ("best.pt", "last.pt"):
-        assert (tmp_path / "new" / name).read_bytes() == (uninterrupted["cls"] / name).read_bytes()
-    (tmp_path / "new/log.jsonl").write_bytes(b'{"epoch": 1, "st\xff\x00')       # a torn log mends itself
-    train(script, tiny, tmp_path / "new", *more)                    # without --resume: it is the run's folder now
-    assert "complete already" in capsys.readouterr().out and rows(tmp_path / "new") == rows(uninterrupted["cls"])
-    (tmp_path / "new/last.pt").unlink()
-    refused(lambda: train(script, tiny, tmp_path / "new", *more), "log.jsonl", "last.pt is gone", "--output-dir")
+    (script, more), old, new = RUNS["cls"], uninterrupted["cls"], tmp_path / "new"
+    for resume in (["--resume", old], []):                          # the second time it is the run's folder
+        train(script, tiny, new, *more, *resume)
+        assert "complete already" in capsys.readouterr().out and rows(new) == rows(old)
+        assert all((new / name).read_bytes() == (old / name).read_bytes() for name in ("best.pt", "last.pt"))
+        (new / "log.jsonl").write_bytes(b'{"epoch": 1, "st\xff\x00')                # a torn log mends itself
+    (new / "last.pt").unlink()
+    refused(lambda: train(script, tiny, new, *more), "log.jsonl", "last.pt is gone", "--output-dir")
 
 
 def test_another_run_in_the_folder_is_refused_and_kept(tiny, uninterrupted):
@@ -3146,31 +3132,31 @@ def test_a_corrupt_state_is_one_line_and_stays(tiny, uninterrupted, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["seg", "cls"])
-def test_a_step_that_is_not_finite_stops_before_it_is_saved(tiny, uninterrupted, tmp_path, monkeypatch, name):
+def test_a_step_that_is_not_finite_stops_before_it_is_saved(tiny, uninterrupted, tmp_path, name):
     script, more = RUNS[name]
-    with monkeypatch.context() as patch:
-        learning_rate = script.learning_rate
-        patch.setattr(script, "learning_rate", lambda step, *rest: float("inf") if step == 5
-                      else learning_rate(step, *rest))
+    rate = script.learning_rate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "learning_rate", lambda step, *rest: math.inf if step == 5 else rate(step, *rest))
         refused(lambda: train(script, tiny, tmp_path, *more), "step 6", "nan", "--output-dir NEW",
                 f"--pretrain {tmp_path / 'last.pt'}", "--lr")
     assert len(rows(tmp_path)) == 1 and all(v.isfinite().all() for v in last(tmp_path)["model"].values())
     train(script, tiny, tmp_path, *more)
-    assert differing(last(tmp_path), last(uninterrupted[name])) == []
+    assert same_bits(last(tmp_path), last(uninterrupted[name]))
 
 
 def test_a_classifier_hands_its_encoder_over(tiny, uninterrupted, tmp_path, monkeypatch, capsys):
     """With a learning rate of 0 the weights stay what they were: those of the classifier's moving average."""
     monkeypatch.setattr(train_seg, "learning_rate", lambda *_: 0.0)
-    train(train_seg, tiny, tmp_path, "--pretrain", uninterrupted["cls"] / "best.pt", "--epochs", "1")
-    out = capsys.readouterr().out
-    theirs, ours = models.read_checkpoint(uninterrupted["cls"] / "best.pt")["ema"], last(tmp_path)["model"]
+    best = uninterrupted["cls"] / "best.pt"
+    train(train_seg, tiny, tmp_path, "--pretrain", best, "--epochs", "1")
+    theirs, ours = models.read_checkpoint(best)["ema"], last(tmp_path)["model"]
     shared = [key for key in ours if key.startswith("encoder.")]
     assert len(shared) > 100 and all(torch.equal(ours[key], theirs[key]) for key in shared)
     head = [key for key in ours if key.startswith("head.") and "num_batches_tracked" not in key]
+    out = capsys.readouterr().out
     assert f"loaded {len(shared)} tensors" in out and f"new by design, freshly initialised: {len(head)} (head." in out
-    refused(lambda: train(train_seg, tiny, tmp_path / "b1", "--pretrain", uninterrupted["cls"] / "best.pt", "--model",
-                          "segformer_b1"), "best.pt", "does not fit segformer_b1", "looks like segformer_b0")
+    refused(lambda: train(train_seg, tiny, tmp_path / "b1", "--pretrain", best, "--model", "segformer_b1"),
+            "best.pt", "does not fit segformer_b1", "looks like segformer_b0")
 
 
 def test_mixed_precision_and_recomputed_blocks(tiny, uninterrupted, tmp_path):
@@ -3229,46 +3215,41 @@ def still(build):
     return wrapped
 
 
-STILL = """
+STILL = f"""
 import sys
-sys.path.insert(0, {here!r})
+sys.path.insert(0, {HERE!r})
 import data, models, test_models, train_cls, train_seg
 models.build = test_models.still(models.build)
-data.run({script}.main)
+data.run(vars()[sys.argv.pop(1)].main)
 """
 
 
-@pytest.mark.parametrize("script", [train_seg, train_cls])
-def test_two_processes_and_two_passes_equal_the_doubled_batch(tiny, tmp_path, monkeypatch, script):
-    more = ["--drop-path", "0"]
-    if script is train_cls:
-        more += ["--mixup", "0", "--cutmix", "0"]                   # the mixing is drawn for each process and pass
-    (tmp_path / "two.py").write_text(STILL.format(here=HERE, script=script.__name__))
-    status, out, err = run(tmp_path / "two.py", *flags(script, tiny, tmp_path / "two", *more), processes=2)
+@pytest.mark.parametrize("script, more", [     # the mixing is drawn for each process and pass
+    (train_seg, ["--drop-path", "0"]), (train_cls, ["--drop-path", "0", "--mixup", "0", "--cutmix", "0"])])
+def test_two_processes_and_two_passes_equal_the_doubled_batch(tiny, tmp_path, monkeypatch, script, more):
+    (tmp_path / "two.py").write_text(STILL)
+    status, out, err = run(tmp_path / "two.py", script.__name__, *flags(script, tiny, tmp_path / "two", *more),
+                           processes=2)
     assert status == 0 and "effective batch 4 = 2 images x 2 processes x 1 passes" in out, err
     monkeypatch.setattr(models, "build", still(models.build))
     train(script, tiny, tmp_path / "double", *more, "--batch-size", "4")
     train(script, tiny, tmp_path / "accum", *more, "--accum", "2")
-    double = rows(tmp_path / "double")
-    assert len(double) == 2
-    for other in (rows(tmp_path / "two"), rows(tmp_path / "accum")):
-        for a, b in zip(double, other, strict=True):
+    for other in ("two", "accum"):
+        for a, b in zip(rows(tmp_path / "double"), rows(tmp_path / other), strict=True):
             assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
             assert all(a[key] == pytest.approx(b[key], abs=0.2) for key in a if key in ("mIoU", "aAcc", "top1"))
 
 
 def test_two_processes_that_were_stopped_end_with_the_bits_of_never_having_stopped(tiny, tmp_path):
     """SIGTERM to torchrun once a state is there, which hands it to both."""
-    run = lambda folder: launch("train_seg.py", flags(train_seg, tiny, tmp_path / folder, "--save-every", "1"), 2)
-    process = run("stopped")
-    while process.poll() is None and not (tmp_path / "stopped/last.pt").exists():
-        time.sleep(0.01)
+    begin = lambda name: launch("train_seg.py", flags(train_seg, tiny, tmp_path / name, "--save-every", "1"), 2)
+    process = when_saved(begin("stopped"), tmp_path / "stopped/last.pt")
     process.terminate()
     status, _, err = ended(process)
     assert status != 0 and err.count("stopped by SIGTERM: ") == 1, err
-    for folder in ("stopped", "whole"):
-        status, out, err = ended(run(folder))
-        assert status == 0 and ("continuing after step" in out) == (folder == "stopped"), err
+    for name in ("stopped", "whole"):
+        status, out, err = ended(begin(name))
+        assert status == 0 and ("continuing after step" in out) == (name == "stopped"), err
     assert same_bits(last(tmp_path / "stopped"), last(tmp_path / "whole"))
     assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
 
@@ -3319,21 +3300,18 @@ def test_the_processes_share_the_recipes_batch():
 
 def test_the_embedded_data_train_without_a_flag(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "keep_memory", lambda: None)
     monkeypatch.setattr(data.Shapes, "COUNT", {"train": 32, "val": 7})
-    for script, folder, score in ((train_seg, "runs/seg-segformer_b0-shapes", "mIoU"),
-                                  (train_cls, "runs/cls-segformer_b0-shapes", "top1")):
-        torch.set_num_threads(1)
+    for script, kind, score in ((train_seg, "seg", "mIoU"), (train_cls, "cls", "top1")):
         script.main(["--epochs", "1", "--workers", "0"])
-        torch.set_num_threads(2)
-        out = capsys.readouterr().out
+        out, folder = capsys.readouterr().out, f"runs/{kind}-segformer_b0-shapes"
         assert "complete: best" in out and folder in out and "weight-decay=0.0" in out and "0:00:00 left" in out
-        written = {path.name for path in (tmp_path / folder).iterdir()}
-        assert written == {".lock", "last.pt", "best.pt", "log.jsonl", "curve.png"} | (
-            {"samples.png"} if script is train_seg else set())
-        row, = (json.loads(line) for line in (tmp_path / folder / "log.jsonl").open())
+        written, pictures = {path.name for path in (tmp_path / folder).iterdir()}, {"curve.png"}
+        if script is train_seg:
+            pictures |= {"samples.png"}
+            assert Image.open(tmp_path / folder / "samples.png").size[1] > 6 * data.Shapes.SIZE
+        assert written == {".lock", "last.pt", "best.pt", "log.jsonl"} | pictures
+        row, = map(json.loads, (tmp_path / folder / "log.jsonl").open())
         assert 0 <= row[score] <= 100 and row["seconds"] > 0 and row["images_per_second"] > 0
-    assert Image.open(tmp_path / "runs/seg-segformer_b0-shapes/samples.png").size[1] > 6 * data.Shapes.SIZE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3402,6 +3380,7 @@ def test_what_the_readme_adds_builds_trains_and_counts(monkeypatch):
 def on_demand(request):
     if "speed" not in request.config.option.keyword:
         pytest.skip("on demand: pytest test_models.py -k speed -s")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 def alternate(ours, theirs, rounds):
