@@ -22,7 +22,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import struct
 import sys
 import threading
@@ -31,7 +30,6 @@ import traceback
 import unicodedata
 import warnings
 import zlib
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -58,40 +56,33 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 # ---- Processes -----------------------------------------------------------------------------------
 
-START_TIMEOUT = 600     # seconds that the processes wait for each other at the start
-TIMEOUT = 300           # and afterwards, in anything that they do together
-_store = None           # where processes leave notes for each other, beside the group's exchanges
+_store = None    # where the processes leave notes for each other, beside the group's exchanges
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all: rank of world, local_rank on its machine, the device it works on."""
+    """This process among all: rank of world, and the device that it works on."""
     rank: int = 0
     world: int = 1
-    local_rank: int = 0
     device: torch.device = torch.device("cpu")
 
 
-def start(device=None, timeout=None):
+def start(device=None, timeout=300):
     """Join the group that torchrun describes in the environment; alone under plain `python`.
 
     device: "cpu", "cuda" or "cuda:N"; CUDA where there is one, if None. timeout: the seconds after
-    which a process that does not answer is an error (TIMEOUT if None). -> Processes
+    which a process that does not answer is an error. -> Processes
     """
     rank, world, local_rank, local_world = _places()
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: no such device; use cpu, cuda or cuda:N")
-    device = torch.device(name)
+    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
     if device.type == "cuda":
-        index = local_rank if device.index is None else device.index
-        if device.index is not None and local_world > 1:
-            raise UserError(f"--device {name}: {local_world} processes cannot share one GPU; "
-                            "use --device cuda")
-        if index >= torch.cuda.device_count():
-            raise UserError(f"--device cuda:{index}: {torch.cuda.device_count()} CUDA devices are "
-                            "here; use --device cpu or start fewer processes")
-        device = torch.device("cuda", index)
+        here = torch.cuda.device_count()
+        if device.index >= here or (name != "cuda" and local_world > 1):
+            raise UserError(f"--device {name}: each of {local_world} processes needs a GPU of its "
+                            f"own, and {here} are here; use --device cuda or cpu, or fewer of them")
         torch.cuda.set_device(device)
         # One precision for matrix products and convolutions: TF32, float32's range in 19 bits.
         torch.set_float32_matmul_precision("high")
@@ -99,71 +90,60 @@ def start(device=None, timeout=None):
     elif world > 1:
         torch.set_num_threads(max(1, cores() // local_world))    # torchrun would leave 1
     if world > 1:
-        _join(rank, world, device, timeout or TIMEOUT)
-    return Processes(rank, world, local_rank, device)
+        _join(rank, world, device, timeout)
+    return Processes(rank, world, device)
 
 
 def _places():
     """rank, world, local rank and processes on this machine, which torchrun writes down for us."""
-    usual = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if "WORLD_SIZE" in os.environ:
             print("note: WORLD_SIZE is set, but not all of RANK, MASTER_ADDR and MASTER_PORT: "
                   "torchrun did not start this process, it works alone", file=sys.stderr)
-        return usual.values()
-    try:
-        places = [int(os.environ.get(key, value)) for key, value in usual.items()]
-        range(places[1])[places[0]]
-    except (ValueError, IndexError):
-        raise UserError(f"{', '.join(usual)}: torchrun would not set these variables to what they "
-                        "are; unset them, or start with torchrun") from None
-    return places
+        return 0, 1, 0, 1
+    usual = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    return [int(os.environ.get(key, value)) for key, value in usual.items()]
 
 
 def _join(rank, world, device, timeout):
-    """Wait for all processes, then form the group."""
+    """Wait for all processes, for 10 minutes at least, then form the group."""
     global _store
-    wait = timedelta(seconds=max(timeout, START_TIMEOUT))
-    keys, waiting = [f"here {r}" for r in range(world)], False
-    address = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    wait, attempt = max(timeout, 600), "0"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store outlives a restart: without keys of their own, the processes of the
+        # second attempt would read the addresses of the first one's dead processes.
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     # Python's handlers do not run while C++ waits: until it is done, signals just end the process.
     handlers = handle(signal.SIG_DFL)
     try:
-        attempt = "0"
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store is there before we are: if it is not, torchrun has died meanwhile. It
-            # outlives a restart: without keys of their own, the processes of the second attempt
-            # would read the addresses of the first one's dead processes.
-            socket.create_connection(address, timeout=30).close()
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store, _, _ = next(dist.rendezvous("env://", timeout=wait))
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=wait)))
         _store = dist.PrefixStore(f"attempt {attempt}", store)
-        _store.set(keys[rank], "")
-        waiting = True
-        _store.wait(keys, wait)
-        waiting = False
+        if silent := _silent("here", rank, world, wait):
+            raise ValueError(f"no sign of {silent}")
         gpu = device if device.type == "cuda" else None
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout),
                                 store=_store, rank=rank, world_size=world, device_id=gpu)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = f"no sign of process {_missing(keys)}" if waiting else str(error).split("\n")[0]
-        raise UserError(f"process {rank} of {world} cannot join the others at {':'.join(address)}: "
-                        f"{reason}; are all of them started, and can they reach this address?"
-                        ) from None
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"process {rank} of {world} cannot join the others at {address}: "
+                        f"{str(error).splitlines()[0]}; are all of them started, and can they "
+                        "reach this address?") from None
     finally:
         handle(*handlers)
 
 
-def _missing(keys):
-    """The processes whose notes are not in the store, as text."""
-    return ", ".join(str(rank) for rank, key in enumerate(keys) if not _store.check([key]))
+def _silent(note, rank, world, seconds):
+    """Leave a note for the others and wait for theirs. -> who has left none, as text, or ''"""
+    keys, end = [f"{note} {other}" for other in range(world)], time.monotonic() + seconds
+    _store.set(keys[rank], "")
+    while not _store.check(keys) and time.monotonic() < end:    # its wait() would log the time-out
+        time.sleep(0.1)
+    silent = [str(other) for other in range(world) if not _store.check([keys[other]])]
+    return f"process {', '.join(silent)}" if silent else ""
 
 
 def broadcast(value):
-    """Process 0's value (anything that can be pickled) on every process.
-
-    Files that only process 0 reads thus need not be on the machines of the others.
-    """
+    """Process 0's value (anything that can be pickled) on every process."""
     box = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box, 0)
@@ -203,18 +183,14 @@ def keep_memory(keep=True):
     A step on the CPU asks for the same large pieces again and again. By default each goes back to
     the system and comes as new pages, whose faults cost up to a fifth of the step's time.
     """
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4      # of malloc.h
     with suppress(OSError, AttributeError):    # another C library: everything stays as it is
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_MMAP_MAX, 0 if keep else 65536)
-        mallopt(M_TRIM_THRESHOLD, -1 if keep else 2 ** 17)    # -1: the largest
+        mallopt(-4, 0 if keep else 65536)        # M_MMAP_MAX of malloc.h
+        mallopt(-1, -1 if keep else 2 ** 17)     # M_TRIM_THRESHOLD; -1 is the largest
 
 
 def tune(device, deterministic):
-    """What a training script sets for its whole process.
-
-    deterministic: CUDA's sums come out the same each time, at some cost; the CPU's do anyway.
-    """
+    """Settings of a training script. deterministic: CUDA repeats its sums exactly, at some cost."""
     if device.type == "cpu":
         keep_memory()
     elif deterministic:
@@ -235,10 +211,7 @@ def handle(first, second=None):
 
 
 class Stopped(BaseException):
-    """A signal asked this process to end; not an Exception, as nothing may take it for an error.
-
-    advice: how to go on, for the line that `run` prints.
-    """
+    """A signal asked this process to end; not an Exception, as nothing may take it for an error."""
 
     def __init__(self, signum, advice="a training run goes on with the same command"):
         super().__init__(f"stopped by {signal.Signals(signum).name}: {advice}")
@@ -249,18 +222,13 @@ class Stop:
     """What SIGTERM and SIGINT do while `run` runs a script.
 
     The first one raises Stopped at once. Inside `with STOP.postponed():` it is remembered instead,
-    for a loop to ask STOP.pending() after each step, and raises Stopped where the block ends. The
+    for a loop to ask STOP.pending after each step, and raises Stopped where the block ends. The
     second one ends the process at once.
     """
-
-    def __init__(self):
-        self.signum, self.time = 0, 0.0    # the first signal, and when it came
-        self.process = None                # the one that listens: a loader's processes do not
-        self.is_postponed = False
-
-    def pending(self):
-        """Number of the signal that came in, or 0."""
-        return self.signum
+    process = None      # the one that listens: a loader's processes do not
+    pending = 0         # number of the first signal,
+    time = 0.0          # and when it came
+    is_postponed = False
 
     @contextmanager
     def postponed(self):
@@ -269,26 +237,22 @@ class Stop:
             yield
         finally:
             self.is_postponed = False
-        if self.signum:
-            raise Stopped(self.signum)
+        if self.pending:
+            raise Stopped(self.pending)
 
     def __call__(self, signum, _):
         if os.getpid() != self.process:
             return
-        if self.signum == 0:
-            self.signum, self.time = signum, time.monotonic()
+        if not self.pending:
+            self.pending, self.time = signum, time.monotonic()
             if not self.is_postponed:
                 raise Stopped(signum)
         # Ctrl-C reaches a process of torchrun twice, from the terminal and from torchrun.
-        elif not under_torchrun() or time.monotonic() - self.time > 1:
+        elif not dist.is_torchelastic_launched() or time.monotonic() - self.time > 1:
             os._exit(128 + signum)
 
 
 STOP = Stop()
-
-
-def under_torchrun():
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _watch(parent):
@@ -303,29 +267,23 @@ def _watch(parent):
 def run(main):
     """Call a script's main(). What a user or the machine can cause ends in one line, no traceback.
 
-    The exit status is 1 after an error, 128 + N after signal N. In a group of processes nothing is
-    tidied up after an error, as the others may be inside an exchange that this one will not join.
+    The exit status is 1 after an error, 128 + N after signal N. Nothing is tidied up after one: the
+    other processes of a group may be inside an exchange that this one will not join.
     """
-    STOP.signum, STOP.process = 0, os.getpid()
-    handlers = handle(STOP)
+    STOP.process = os.getpid()
+    handle(STOP)
     # Class names that stdout cannot print are escaped; in a file each line is there at once.
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     warnings.filterwarnings("ignore", module="PIL")    # they name no file; what is bad raises
-    if under_torchrun():
+    if dist.is_torchelastic_launched():
         threading.Thread(target=_watch, args=[os.getppid()], daemon=True).start()
     try:
         main()
-        sys.stdout.flush()
         if dist.is_initialized():
             dist.destroy_process_group()
     except (Exception, Stopped) as error:
         handle(signal.SIG_DFL)    # from here on a signal just ends the process
-        status = _report(error)
-        if dist.is_initialized():
-            os._exit(status)
-        sys.exit(status)
-    finally:
-        handle(*handlers)
+        os._exit(_report(error))
 
 
 def _report(error):
@@ -333,37 +291,32 @@ def _report(error):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # the loader's would take it for a crash
     for child in multiprocessing.active_children():
         child.kill()
-    if isinstance(error, BrokenPipeError):    # `| head` has read enough: no word, not at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):    # `| head` has read enough
         return 128 + signal.SIGPIPE
-    with suppress(OSError):
-        sys.stdout.flush()
     # Mostly all processes meet the same mistake: torchrun ends the others when one has left, before
     # they say it too.
     time.sleep(min(1, int(os.environ.get("LOCAL_RANK", 0))))
-    line = _explained(error)
-    with suppress(OSError):    # stderr may be closed as well
-        if isinstance(error, Stopped) and os.environ.get("RANK", "0") != "0":
-            pass               # it stops all processes, and process 0 says so
-        elif line is None:
-            traceback.print_exception(error)
-        else:
-            print(line, file=sys.stderr, flush=True)
-    return 128 + error.signum if isinstance(error, Stopped) else 1
+    if isinstance(error, Stopped):
+        if os.environ.get("RANK", "0") == "0":    # it stops all processes: one of them says so
+            print(error, file=sys.stderr)
+        return 128 + error.signum
+    if line := _explained(error):
+        print(line, file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return 1
 
 
-LESS = ("try a lower --batch-size; a training run also has --accum (for the same effective batch), "
-        "--amp bf16 and --checkpointing")
 FAULTS = {    # what the type and message of a library's error contain: what is said in its place
-    "CUDA (error: )?out of memory|ALLOC_FAILED": f"the GPU is out of memory; {LESS}",
-    "^MemoryError|can't allocate memory|not enough memory": f"out of memory; {LESS}",
+    "out of memory|ALLOC_FAILED|^MemoryError|can't allocate memory|not enough memory":
+        "out of memory; try a lower --batch-size; a training run also has --accum (for the same "
+        "effective batch), --amp bf16 and --checkpointing",
     "DataLoader worker .*(exited|killed)|shared memory|Too many open files|ancdata":
         "a loader's process died (out of memory, of /dev/shm or of open files?); try a lower "
         "--workers, or 0",
     "deterministic implementation":
         "--deterministic: a block of this model cannot be so on CUDA; leave the flag out",
-    "CxxCompiler|CppCompileError|TritonMissing|working triton|"
-    "RuntimeError: Failed to find C compiler":
+    "CxxCompiler|CppCompileError|find C compiler|TritonMissing|working triton":
         "--compile: needs a working C++ compiler (CXX names it) and on CUDA Triton; install them, "
         "or leave the flag out"}
 
@@ -371,39 +324,26 @@ FAULTS = {    # what the type and message of a library's error contain: what is 
 def _explained(error):
     """One line on an error that a user or the machine can cause; None for one of the program."""
     text = f"{type(error).__name__}: {error}".strip()
-    if isinstance(error, Stopped):
-        return str(error)
     if isinstance(error, UserError):    # a loader's process sends it inside a traceback
         return "error: " + text.rpartition("UserError: ")[2]
     for pattern, line in FAULTS.items():
         if re.search(pattern, text):
             return f"error: {line}"
     if isinstance(error, OSError):
-        reason = error.strerror or shown(text.splitlines()[-1])
-        return f"error: {shown(error.filename)}: {reason}" if error.filename else f"error: {reason}"
+        file = f"{shown(error.filename)}: " if error.filename else ""
+        return f"error: {file}{error.strerror or shown(error)}"
     if not (dist.is_initialized() and isinstance(error, RuntimeError)):
         return None
-    process = f"process {dist.get_rank()}"
-    timed_out = re.search("Timed out|timeout", text)
-    silent = _silent(pause=2 if timed_out else 0)
-    if timed_out:
-        return f"error: {process} waited too long for another one{silent}"
+    rank, silent = dist.get_rank(), ""
+    with suppress(RuntimeError):    # the store may have gone as well
+        silent = _silent("failed", rank, dist.get_world_size(), seconds=2)
+    if re.search("Timed out|timeout", text):
+        return f"error: process {rank} waited too long for {silent or 'another one'}"
     if "NCCL" in text:
-        return f"error: {process}: {text.splitlines()[-1]}; NCCL_DEBUG=INFO tells more"
-    if isinstance(error, dist.DistError) or "gloo" in text or "by peer" in text:
-        return f"{process} stops because another one has; its message says why"
+        return f"error: process {rank}: {text.splitlines()[-1]}; NCCL_DEBUG=INFO tells more"
+    if isinstance(error, dist.DistError) or re.search("gloo|by peer", text):
+        return f"process {rank} stops because another one has; its message says why"
     return None
-
-
-def _silent(pause):
-    """Each process that hears of a failure leaves a note: those that leave none are silent."""
-    keys = [f"heard {rank}" for rank in range(dist.get_world_size())]
-    with suppress(RuntimeError):       # the store may have gone as well
-        _store.set_timeout(timedelta(seconds=10))
-        _store.set(keys[dist.get_rank()], "")
-        time.sleep(pause)
-        return f": process {_missing(keys)} is silent" if _missing(keys) else ""
-    return ""
 
 
 # ---- Loaders -------------------------------------------------------------------------------------
@@ -439,27 +379,26 @@ def train_loader(dataset, batch_size, processes, seed, workers, repeats=1):
     if len(sampler) < batch_size:
         raise UserError(f"--batch-size {batch_size}: {len(dataset)} images on {processes.world} "
                         "processes do not fill one batch; use a smaller one")
-    options = _workers(workers, processes.device)
+    options = _options(workers, processes.device)
     return DataLoader(dataset, batch_size, sampler=sampler, drop_last=True,
-                      persistent_workers=options["num_workers"] > 0,
-                      pin_memory=processes.device.type == "cuda", **options)
+                      persistent_workers=options["num_workers"] > 0, **options)
 
 
 def eval_loader(dataset, batch_size, processes, workers):
     """Every index once over all ranks, without padding; a batch is a list of items of any sizes."""
     shard = range(processes.rank, len(dataset), processes.world)
     return DataLoader(dataset, batch_size, sampler=shard, collate_fn=list,
-                      pin_memory=processes.device.type == "cuda",
-                      **_workers(workers, processes.device))
+                      **_options(workers, processes.device))
 
 
-def _workers(count, device):
-    """A loader's options. count None: a GPU's share of the cores, at most 8; 2 on the CPU."""
-    if count is None:
+def _options(workers, device):
+    """Of any loader. workers None: a GPU's share of the cores, at most 8; 2 on the CPU."""
+    if workers is None:
         share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        count = min(8, share) if device.type == "cuda" else 2
+        workers = min(8, share) if device.type == "cuda" else 2
     # The loader draws its workers' seeds from `generator`: its own leaves the run's stream alone.
-    return {"num_workers": count, "generator": torch.Generator().manual_seed(0),
+    return {"num_workers": workers, "pin_memory": device.type == "cuda",
+            "generator": torch.Generator().manual_seed(0),
             "worker_init_fn": partial(_start_worker, STOP.process is not None)}
 
 
@@ -471,12 +410,8 @@ def _start_worker(deaf, _):
 
 
 def set_epoch(loader, epoch, start=0):
-    """Make `epoch` the one that the next pass over a train_loader draws.
-
-    start: number of batches of it that have been used already; they are skipped without loading.
-    """
+    """Let the next pass over a train_loader draw `epoch`, from its batch number `start` on."""
     loader.sampler.epoch, loader.sampler.start = epoch, start * loader.batch_size
-    loader.dataset.set_epoch(epoch)
 
 
 def take(batches, count, device):
@@ -495,10 +430,7 @@ class Lines:
 
     def write(self, text):
         if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-
-    def flush(self):
-        sys.stderr.flush()
+            print(text.strip(), file=sys.stderr)
 
 
 def progress(iterable, title, rank=0, total=None):
@@ -506,23 +438,21 @@ def progress(iterable, title, rank=0, total=None):
 
     Give set_postfix refresh=False: it would draw the bar each time.
     """
-    file, pause = (None, 0.1) if sys.stderr.isatty() else (Lines(), PAUSE)
-    return tqdm(iterable, title, total, leave=False, file=file, mininterval=pause,
-                maxinterval=max(10, pause), delay=pause, disable=rank > 0)
+    options = {}
+    if not sys.stderr.isatty():
+        options = dict(file=Lines(), mininterval=PAUSE, maxinterval=PAUSE, delay=PAUSE)
+    return tqdm(iterable, title, total, leave=False, disable=rank > 0, **options)
 
 
 class EpochDataset(Dataset):
-    """Takes keys (epoch, view, index), or a plain index for view 0 of the epoch last set."""
-    seed = epoch = 0
+    """Takes keys (epoch, view, index), or a plain index for view 0 of epoch 0."""
+    seed = 0
     first_id = 0     # of class 0 in a stored mask
     ids = None       # or {id in a mask: class}
     problems = []    # messages on files that were left out
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
     def key(self, key):
-        return key if isinstance(key, tuple) else (self.epoch, 0, key)
+        return key if isinstance(key, tuple) else (0, 0, key)
 
     def rng(self, epoch, view, index):
         # + 1: (seed, epoch) alone is the order's.
@@ -568,8 +498,7 @@ def opened(path, any_depth=False):
         if os.path.exists(path) and not os.path.isfile(path):    # reading a pipe would never end
             raise ValueError("is not a regular file")
         with Image.open(path) as image:
-            # Where Pillow starts to warn: 89 Mpixel.
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:    # 89 M: Pillow only warns
                 raise ValueError(f"{image.width}x{image.height} pixels, a decompression bomb?")
             # convert("RGB") would clip everything above 255 to white.
             if image.mode.startswith(("I", "F")) and not any_depth:
@@ -594,12 +523,11 @@ def writing(flag, path):
 
 def try_writing(flag, path):
     """Find out before the work whether its result can be written; leaves no new file."""
-    path = Path(path)
-    new = not path.exists()
+    new = not os.path.exists(path)
     with writing(flag, path):
         open(path, "a").close()
-    if new:
-        path.unlink()
+        if new:
+            os.remove(path)
 
 
 def write_json(flag, path, value):
@@ -660,13 +588,12 @@ def contents(folder):
     """What a folder holds, for a message; of one that does not exist, what its parent does."""
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    folders = sorted(shown(entry.name) + "/" for entry in entries if entry.is_dir())
-    suffixes = Counter(Path(entry.name).suffix for entry in entries if not entry.is_dir())
-    files = [f"{n} {shown(suffix or 'other')} files" for suffix, n in suffixes.most_common(5)]
-    if len(folders) > 5:
-        folders[5:] = ["..."]
-    return f"{shown(folder)} holds {', '.join(folders + files) or 'nothing'}"
+    paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    paths.sort(key=lambda path: (path.is_file(), path.name))    # sub-folders first
+    names = [shown(path.name) + ("/" if path.is_dir() else "") for path in paths[:8]]
+    if len(paths) > 8:
+        names.append(f"... ({len(paths)} in all)")
+    return f"{shown(folder)} holds {', '.join(names) or 'nothing'}"
 
 
 def scan(folder, suffixes, end=""):
@@ -675,12 +602,14 @@ def scan(folder, suffixes, end=""):
     -> {stem: path}, sorted, where a stem has its sub-folders before it and a letter with an accent
     is one character (a Mac writes two); messages on files of one stem. Hidden files are skipped.
     """
+    def fail(error):
+        raise error
+
     if not os.path.isdir(folder):
-        raise UserError(f"{shown(folder)}: no such folder, but every split needs it; "
-                        + contents(folder))
+        raise UserError(f"{shown(folder)}: no such folder; {contents(folder)}")
     found, problems = {}, []
     names = [os.path.relpath(os.path.join(place, name), folder)
-             for place, _, files in os.walk(folder, onerror=_raise) for name in files]
+             for place, _, files in os.walk(folder, onerror=fail) for name in files]
     for name in sorted(names):
         stem, suffix = os.path.splitext(name)
         if suffix.lower() not in suffixes or not stem.endswith(end) or "/." in "/" + name:
@@ -691,10 +620,6 @@ def scan(folder, suffixes, end=""):
                             "remove one of them")
         found.setdefault(stem, path)
     return found, problems
-
-
-def _raise(error):
-    raise error
 
 
 def fingerprint(root, paths, *texts):

@@ -200,7 +200,7 @@ def main(argv=None):
                 # loss is the mean over the images of all passes and processes. A request to stop
                 # travels beside it, so that all processes stop after the same step.
                 shared = torch.zeros(2, device=device)
-                shared[1].fill_(data.STOP.pending())
+                shared[1].fill_(data.STOP.pending)
                 for i, (images, labels) in enumerate(passes):
                     images = images.contiguous(memory_format=torch.channels_last)
                     images, targets = data.mixup_cutmix(
@@ -253,7 +253,7 @@ def main(argv=None):
                 if stop:
                     if world > 1:
                         dist.barrier()          # nobody leaves before the state is saved
-                    raise data.Stopped(data.STOP.pending() or signal.SIGTERM, f"step {done} of "
+                    raise data.Stopped(data.STOP.pending or signal.SIGTERM, f"step {done} of "
                                        f"{steps} is saved, the same command goes on from there")
         seconds = time.time() - start
         speed = len(losses) * batch / seconds

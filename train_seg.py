@@ -203,7 +203,7 @@ def main(argv=None):
                 # over all of them, however they are spread. A request to stop travels with the
                 # count, so that all processes stop after the same step.
                 labelled = sum(criterion.count(labels) for _, labels, _ in passes)
-                shared = torch.stack([labelled, labelled.new_full((), data.STOP.pending())])
+                shared = torch.stack([labelled, labelled.new_full((), data.STOP.pending)])
                 if world > 1:
                     dist.all_reduce(shared)
                 labelled, stop = shared
@@ -258,7 +258,7 @@ def main(argv=None):
                 if stop:
                     if world > 1:
                         dist.barrier()          # nobody leaves before the state is saved
-                    raise data.Stopped(data.STOP.pending() or signal.SIGTERM, f"step {done} of "
+                    raise data.Stopped(data.STOP.pending or signal.SIGTERM, f"step {done} of "
                                        f"{steps} is saved, the same command goes on from there")
         seconds = time.time() - start
         speed = len(losses) * batch / seconds
