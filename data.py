@@ -202,12 +202,9 @@ def tune(device, deterministic):
 
 # ---- Stopping and failing ------------------------------------------------------------------------
 
-SIGNALS = signal.SIGTERM, signal.SIGINT
-
-
 def handle(first, second=None):
-    """Set the handlers of the two signals (one for both). -> those that were set."""
-    return [signal.signal(n, handler) for n, handler in zip(SIGNALS, (first, second or first))]
+    """Set what SIGTERM and SIGINT do, the same if only one is given. -> what they did"""
+    return signal.signal(signal.SIGTERM, first), signal.signal(signal.SIGINT, second or first)
 
 
 class Stopped(BaseException):
@@ -451,12 +448,11 @@ class EpochDataset(Dataset):
     ids = None       # or {id in a mask: class}
     problems = []    # messages on files that were left out
 
-    def key(self, key):
-        return key if isinstance(key, tuple) else (0, 0, key)
-
-    def rng(self, epoch, view, index):
+    def draw(self, key):
+        """-> the index in a key, and the random generator of its view"""
+        epoch, view, index = key if isinstance(key, tuple) else (0, 0, key)
         # + 1: (seed, epoch) alone is the order's.
-        return np.random.default_rng((self.seed, epoch, view + 1, index))
+        return index, np.random.default_rng((self.seed, epoch, view + 1, index))
 
     def stored_ids(self, k):
         """The ids of a class in the masks, as text."""
@@ -886,13 +882,12 @@ class FolderSegmentation(EpochDataset):
         return len(self.paths)
 
     def __getitem__(self, key):
-        epoch, view, index = self.key(key)
+        index, rng = self.draw(key)
         path, mask_path = self.paths[index]
         labels = self.labels(mask_path)
         with opened(path) as image:
             require_size(path, image.size, mask_path, labels.shape[::-1])
             if self.crop:
-                rng = self.rng(epoch, view, index)
                 return training_view(image, labels, self.crop, rng, base=self.scale_base)
             pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         return pixels, torch.from_numpy(labels), str(path)
@@ -1175,11 +1170,11 @@ class Shapes(EpochDataset):
         return len(self.images)
 
     def __getitem__(self, key):
-        epoch, view, index = self.key(key)
+        index, rng = self.draw(key)
         image, labels = self.images[index], self.labels[index]
         if self.crop:
-            return training_view(Image.fromarray(image.numpy()), labels.numpy(), self.crop,
-                                 self.rng(epoch, view, index), scale=(0.8, 1.25))
+            return training_view(Image.fromarray(image.numpy()), labels.numpy(), self.crop, rng,
+                                 scale=(0.8, 1.25))
         return image.permute(2, 0, 1), labels, f"shapes/{self.split}/{index:05d}"
 
     def count_pixels(self):
@@ -1344,7 +1339,7 @@ class TinyImageNet(EpochDataset):
         return fingerprint(self.root, itertools.chain(*lists))
 
     def __getitem__(self, key):
-        epoch, view, index = self.key(key)
+        index, rng = self.draw(key)
         path, label = self.paths[index]
         with opened(path) as image:
             image = image.convert("RGB")
@@ -1352,7 +1347,7 @@ class TinyImageNet(EpochDataset):
             return self.transform(image).as_subclass(torch.Tensor), label
         # torchvision draws from the CPU's global stream: it is lent to this item alone.
         state = torch.get_rng_state()
-        torch.default_generator.manual_seed(int(self.rng(epoch, view, index).integers(2 ** 63)))
+        torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))
         try:
             return self.transform(image).as_subclass(torch.Tensor), label
         finally:
