@@ -39,14 +39,12 @@ def naming(path):
         raise UserError(f"{data.shown(path)}: {error}") from None
 
 
-def batches(model, dataset, processes, batch_size, workers):
-    """Lists of the items of this process's share; meanwhile the model is in evaluation mode."""
-    training, benchmark = model.training, torch.backends.cudnn.benchmark
-    model.eval()
+def batches(dataset, processes, batch_size, workers):
+    """Lists of the items of this process's share of a data set."""
+    benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False      # images of many sizes: each would be a trial
     loader = data.eval_loader(dataset, batch_size, processes, workers)
     yield from data.progress(loader, "evaluating", processes.rank)
-    model.train(training)
     torch.backends.cudnn.benchmark = benchmark
 
 
@@ -55,11 +53,12 @@ def stacked(tensors, device):
     return torch.stack([tensor.to(device, non_blocking=True) for tensor in tensors])
 
 
-def refuse_not_finite(flags, name):
-    """flags: a tensor (B,) a batch, read here at once; name(i): the file of the i-th image."""
-    bad = (~torch.cat(flags)).nonzero().flatten().tolist() if flags else []
+def refuse_not_finite(flags, names):
+    """flags: whether the outputs for each image are finite, a tensor (B,) a batch, read at once."""
+    good = torch.cat(flags).tolist() if flags else []
+    bad = [name for name, is_good in zip(names, good) if not is_good]
     if bad:
-        raise UserError(f"{data.shown(name(bad[0]))}: {NOT_FINITE} ({len(bad)} such images)")
+        raise UserError(f"{data.shown(bad[0])}: {NOT_FINITE} ({len(bad)} such images)")
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -86,10 +85,10 @@ class ConfusionMatrix:
 
     def all_reduce(self):
         """Sum over all processes, and bring the sums to the host."""
-        for name in ("counts", "loss_sum"):
-            if dist.is_initialized():
-                dist.all_reduce(getattr(self, name))
-            setattr(self, name, getattr(self, name).cpu())
+        if dist.is_initialized():
+            dist.all_reduce(self.counts)
+            dist.all_reduce(self.loss_sum)
+        self.counts, self.loss_sum = self.counts.cpu(), self.loss_sum.cpu()
         return self
 
     @property
@@ -113,12 +112,13 @@ class ConfusionMatrix:
         return self.figures()["Acc"]
 
     def summary(self):
-        """{"aAcc", "mIoU", "mAcc"} in percent; the means leave out classes that do not occur."""
+        """{"aAcc", "mIoU", "mAcc"} in percent, the means without classes that do not occur, and the
+        mean "val_loss"."""
         if not self.counts.any():
             raise UserError("the masks of this split hold no labelled pixel: nothing to measure")
         right = self.counts.diag().sum().double() / self.counts.sum()
         return {"aAcc": 100 * right.item(), "mIoU": 100 * self.iou().nanmean().item(),
-                "mAcc": 100 * self.accuracy().nanmean().item()}
+                "mAcc": 100 * self.accuracy().nanmean().item(), "val_loss": self.loss}
 
     def confusions(self):
         """The three largest mistakes, [(label, prediction, share of all labelled pixels)]."""
@@ -144,20 +144,14 @@ def input_size(size, short_side, scale=1.0, divisor=None):
     return [math.ceil(side / divisor) * divisor for side in size] if divisor else size
 
 
-def window_starts(side, crop, stride):
-    """Where the windows along a side begin; the last one ends where the image does."""
-    last = max(side - crop, 0)
-    return [*range(0, last, stride), last]
-
-
 def sliding(model, images, crop, stride):
     """Mean of overlapping windows' logits, at the images' size: (B, 3, H, W) -> (B, K, H, W)."""
     batch, _, height, width = images.shape
-    total = images.new_zeros(batch, height, width, model.num_classes)
-    total = total.permute(0, 3, 1, 2)                           # channels_last
+    bottom, right = max(height - crop, 0), max(width - crop, 0)     # the last begin there
+    total = images.new_zeros(batch, model.num_classes, height, width)
     times = images.new_zeros(height, width)
-    for y in window_starts(height, crop, stride):
-        for x in window_starts(width, crop, stride):
+    for y in [*range(0, bottom, stride), bottom]:
+        for x in [*range(0, right, stride), right]:
             window = images[:, :, y:y + crop, x:x + crop]
             logits = layers.resize(model(window).float(), window.shape[2:])
             total[:, :, y:y + crop, x:x + crop] += logits
@@ -185,21 +179,14 @@ def views(model, images, short_side=None, scales=(1.0,), flip=False, slide=None,
     return out
 
 
-def finite(logits):
-    """Which images (B,) of some views have finite logits alone?"""
-    return torch.stack([view.isfinite().flatten(1).all(1) for view in logits]).all(0)
-
-
 @torch.inference_mode()
 def segment(model, images, size, **protocol):
-    """uint8 (B, 3, H, W) -> the views' logits, and the class of each pixel at `size`, (B, *size).
-
-    The class is that of the largest logit; of several views, of the largest mean of soft-maxes.
-    """
+    """uint8 (B, 3, H, W) -> the views' logits; the class of each pixel at `size`, (B, *size): that
+    of the largest logit, of several views of the largest mean of soft-maxes; whether all logits of
+    an image are finite, (B,)."""
     logits = views(model, images, **protocol)
-    if not finite(logits).all():
-        raise UserError(NOT_FINITE)
-    return logits, layers.upsampled_argmax(logits, size)
+    finite = torch.stack([view.isfinite().flatten(1).all(1) for view in logits]).all(0)
+    return logits, layers.upsampled_argmax(logits, size), finite
 
 
 def predict(model, image, size=None, **protocol):
@@ -215,7 +202,9 @@ def predict(model, image, size=None, **protocol):
         raise UserError("predict takes a PIL image, or a uint8 tensor (3, H, W) or (B, 3, H, W)")
     protocol.setdefault("short_side", getattr(model, "size", None))
     batch = image.to(next(model.parameters()).device).reshape(-1, *image.shape[-3:])
-    _, classes = segment(model, batch, size or image.shape[-2:], **protocol)
+    _, classes, finite = segment(model, batch, size or image.shape[-2:], **protocol)
+    if not finite.all():
+        raise UserError(NOT_FINITE)
     return classes.reshape(*image.shape[:-3], *classes.shape[1:])
 
 
@@ -223,14 +212,14 @@ def predict(model, image, size=None, **protocol):
 def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
     """The whole set, over all processes -> ConfusionMatrix; its .loss is that of the first view.
 
-    protocol: the keywords of `views`. Leaves the model's mode. Errors: UserError, which names the
+    model: in evaluation mode. protocol: the keywords of `views`. Errors: UserError, which names the
     image if the logits are not finite.
     """
     device, flags, paths = processes.device, [], []
     matrix = ConfusionMatrix(model.num_classes, device)
     criterion = layers.UpsampledCrossEntropy(data.IGNORED)
     one = torch.ones((), device=device)     # the loss of a batch is its sum; no upload for each
-    for items in batches(model, dataset, processes, batch_size, workers):
+    for items in batches(dataset, processes, batch_size, workers):
         groups = {}         # images of one size go together: padding would change the result
         for item in items:
             groups.setdefault(item[0].shape, []).append(item)
@@ -238,12 +227,11 @@ def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
             images, labels, names = zip(*group)
             images, labels = stacked(images, device), stacked(labels, device)
             with naming(names[0]):
-                logits = views(model, images, **protocol)
-            classes = layers.upsampled_argmax(logits, labels.shape[1:])
+                logits, classes, finite = segment(model, images, labels.shape[1:], **protocol)
             matrix.update(classes, labels, criterion(logits[0], labels, one))
-            flags.append(finite(logits))
+            flags.append(finite)
             paths += names
-    refuse_not_finite(flags, paths.__getitem__)
+    refuse_not_finite(flags, paths)
     return matrix.all_reduce()
 
 
@@ -253,11 +241,11 @@ def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
 def evaluate_cls(model, dataset, processes, batch_size, workers, amp="off"):
     """The whole set, over all processes -> {"top1", "top5"} in percent and the mean "val_loss".
 
-    Leaves the model's mode. Errors: as evaluate_seg's.
+    model: in evaluation mode. Errors: as evaluate_seg's.
     """
     device, flags = processes.device, []
     sums = torch.zeros(4, dtype=torch.float64, device=device)   # hits, hits in five, loss, images
-    for items in batches(model, dataset, processes, batch_size, workers):
+    for items in batches(dataset, processes, batch_size, workers):
         images, labels = zip(*items)
         images = stacked(images, device).contiguous(memory_format=torch.channels_last)
         labels = torch.tensor(labels, device=device)
@@ -268,8 +256,9 @@ def evaluate_cls(model, dataset, processes, batch_size, workers, amp="off"):
         sums[:3] += torch.stack([found[:, 0].sum(), found.any(1).sum(), loss])
         sums[3] += len(items)
         flags.append(logits.isfinite().all(1))
-    names = getattr(dataset, "paths", [])[processes.rank::processes.world]
-    refuse_not_finite(flags, lambda i: names[i][0] if names else f"image {i}")
+    names = [path for path, _ in getattr(dataset, "paths", [])]
+    names = names or [f"image {i}" for i in range(len(dataset))]
+    refuse_not_finite(flags, names[processes.rank::processes.world])
     if dist.is_initialized():
         dist.all_reduce(sums)
     top1, top5, loss, count = sums.tolist()
@@ -278,7 +267,7 @@ def evaluate_cls(model, dataset, processes, batch_size, workers, amp="off"):
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
-def save_samples(model, dataset, size, device, path):
+def save_samples(model, dataset, size, path):
     """A sheet of image | truth | prediction of six images; size: the short side for the model."""
     rows = []
     for index in torch.linspace(0, len(dataset) - 1, min(6, len(dataset))).long().tolist():
@@ -300,18 +289,11 @@ def picture_files(source, folder):
                         "overwritten; choose another folder")
     if not source.is_dir():
         return {source.stem: source}
-    files = {}
-    for path in sorted(source.rglob("*")):
-        inner = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in inner.parts)
-        drawn = folder.resolve() in path.resolve().parents      # by an earlier call
-        if hidden or drawn or path.suffix.lower() not in data.IMAGE_FILES or not path.is_file():
-            continue
-        name = inner.with_suffix("").as_posix()
-        if name in files:
-            raise UserError(f"{data.shown(path)}: has the same stem as "
-                            f"{data.shown(files[name].name)}; remove one of them")
-        files[name] = path
+    found, problems = data.scan(source, data.IMAGE_FILES)
+    if problems:
+        raise UserError(problems[0])
+    files = {name: path for name, path in found.items()         # but not what an earlier call drew
+             if folder.resolve() not in path.resolve().parents}
     if not files:
         raise UserError(f"--images {data.shown(source)}: no images in this folder")
     return files
@@ -335,7 +317,8 @@ def save_pictures(model, args, processes, protocol):
             continue
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(processes.device)
         with naming(path):
-            logits, classes = segment(model, image, pixels.shape[:2], **protocol)
+            logits, classes, finite = segment(model, image, pixels.shape[:2], **protocol)
+        refuse_not_finite([finite], [path])
         with data.writing("--save-dir", folder):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             draw(model, pixels, classes[0].cpu().numpy(), folder / name)
@@ -345,8 +328,7 @@ def save_pictures(model, args, processes, protocol):
                 mean = torch.cat(shares).mean(0).half().cpu().numpy()
                 np.savez_compressed(folder / f"{name}.npz", probabilities=mean)
     if bad:
-        raise UserError(f"{bad[0]} ({len(bad)} of {len(files)} files could not be drawn, "
-                        f"the others are in {folder})")
+        raise UserError(f"{bad[0]} ({len(bad)} of {len(files)} files could not be drawn)")
     if processes.rank == 0:
         last_id = model.first_id + model.num_classes - 1
         print(f"{len(files)} label maps (ids {model.first_id}..{last_id}) and overlays: {folder}")
@@ -354,15 +336,14 @@ def save_pictures(model, args, processes, protocol):
 
 def draw(model, pixels, classes, target):
     """TARGET.png: the ids of classes (H, W) as a mask stores them, in the classes' colours.
-    TARGET_overlay.png: the image (H, W, 3) under the colours, and a legend, largest class first."""
+    TARGET_overlay.png: the image (H, W, 3) under the colours, and a legend."""
     colors = data.distinct_colors(model.num_classes) if model.colors is None else model.colors
     label = Image.fromarray((classes + model.first_id).astype(np.uint8))
     palette = np.zeros((256, 3), np.uint8)
     palette[model.first_id:][:len(colors)] = colors
     label.putpalette(palette.tobytes())
     label.save(f"{target}.png")
-    areas = np.bincount(classes.ravel(), minlength=model.num_classes)
-    seen = [k for k in np.argsort(-areas, kind="stable") if areas[k]]
+    seen = np.unique(classes)
     overlay = pixels // 2 + data.colorize(classes, colors) // 2
     data.contact_sheet([[overlay]], f"{target}_overlay.png", (), [model.classes[k] for k in seen],
                        colors[seen], max(overlay.shape))
@@ -402,15 +383,12 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     args.defaults = vars(parser.parse_args([]))
 
-    if (args.checkpoint is None) == (args.pretrain is None):
+    if not args.checkpoint and not (args.model and args.pretrain):
         raise UserError("give either --checkpoint FILE, or --model NAME with --pretrain FILE")
-    if args.pretrain and not args.model:
-        raise UserError("--pretrain: needs --model NAME (`python models.py` lists the names)")
     if args.checkpoint:
-        models.no_effect(args, "with --checkpoint, which knows its model",
-                         f"model task num_classes {' '.join(models.SLOTS)}")
-        if args.images:
-            models.no_effect(args, "on a checkpoint's pictures", "data_path zero_is_class")
+        known = "data_path zero_is_class" if args.images else ""
+        models.no_effect(args, "with --checkpoint, which knows it",
+                         f"model pretrain task num_classes {' '.join(models.SLOTS)} {known}")
     if args.images:
         models.no_effect(args, "with --images", "json split batch_size workers")
     else:
@@ -421,11 +399,9 @@ def arguments(argv=None):
 
 
 def load_model(args, dataset, quiet):
-    """-> the model, which knows its classes, colours and ids, and the arguments of its training."""
+    """The model, which knows its classes, colours and ids, and the flags of its training."""
     if args.checkpoint:
-        checkpoint = models.read_checkpoint(args.checkpoint)
-        with naming(args.checkpoint):
-            return models.restore(checkpoint), checkpoint.get("args", {})
+        return models.load(args.checkpoint, fused=False)
     num_classes = args.num_classes or (dataset.num_classes if dataset else None)
     model = models.build(args.model, args.task, num_classes, **models.slots_from(args))
     report = models.load_pretrained(model, args.pretrain)
@@ -433,27 +409,27 @@ def load_model(args, dataset, quiet):
         print(report)
     if report.fresh:
         raise UserError(f"{args.pretrain}: has no trained {report.fresh[0]} for "
-                        f"{model.num_classes} classes; evaluate it on the data set that it was "
-                        "trained for, or fine-tune it first")
+                        f"{model.num_classes} classes; fine-tune it first")
     known = {"args": {"zero_is_class": args.zero_is_class}}
     if model.num_classes == 150:
         known["colors"] = data.ADE20K_COLORS.tolist()
     if dataset and args.task == "seg":
         known |= {"classes": dataset.classes, "colors": dataset.colors.tolist(),
                   "first_id": dataset.first_id}
-    return models.know(model, known), {}
+    return models.know(model, known)
 
 
-def open_dataset(args, task, settings):
-    """The set to measure on; settings: the arguments of the checkpoint's training."""
+def open_dataset(args, task, trained):
+    """The set to measure on; trained: the flags of the model's training."""
     if args.data_path is None:
-        if settings.get("data_path", "unknown") is not None:
+        if trained.get("data_path", "unknown") is not None:
             raise UserError("--data-path: needed; the model was not trained on the embedded shapes")
         return data.Shapes(args.split) if task == "seg" else data.LargestShape(args.split)
     if task == "cls":
-        size = args.size or settings.get("image_size", 224)
+        size = args.size or trained.get("image_size", 224)
         return data.TinyImageNet(args.data_path, args.split, size, train=False)
-    return data.FolderSegmentation(args.data_path, args.split, zero_is_class=args.zero_is_class)
+    zero_is_class = args.zero_is_class or trained.get("zero_is_class", False)
+    return data.FolderSegmentation(args.data_path, args.split, zero_is_class=zero_is_class)
 
 
 def rounded(percent):
@@ -479,37 +455,35 @@ def print_classes(matrix, table, classes, trained_classes):
     worst = [f"{classes[label]} taken for {classes[pred]} {100 * share:.2f} %"
              for label, pred, share in matrix.confusions()]
     print(f"worst confusions, of all labelled pixels: {', '.join(worst) or 'none'}")
-    renamed = [f"{old!r}, here {new!r}" for old, new in zip(trained_classes, classes) if old != new]
-    if renamed:
-        print(f"note: {len(renamed)} classes had other names in training, the first: {renamed[0]}")
+    for old, new in zip(trained_classes, classes):
+        if old != new:
+            return print(f"note: classes had other names in training, one {old!r}, here {new!r}")
 
 
 def measure(args, model, dataset, processes, protocol):
     """Evaluate on the whole set; rank 0 writes the figures as JSON and prints them."""
     result = {"model": str(model.spec), "weights": args.checkpoint or args.pretrain,
               "data": args.data_path or "shapes", "split": args.split, "images": len(dataset)}
+    common = model, dataset, processes, args.batch_size, args.workers
     if model.task == "cls":
-        figures = evaluate_cls(model, dataset, processes, args.batch_size, args.workers, args.amp)
-        loss = figures.pop("val_loss")
+        figures = evaluate_cls(*common, args.amp)
     else:
-        matrix = evaluate_seg(model, dataset, processes, args.batch_size, args.workers, **protocol)
-        figures, loss, table = matrix.summary(), matrix.loss, class_table(matrix, dataset.classes)
+        matrix = evaluate_seg(*common, **protocol)
+        figures, table = matrix.summary(), class_table(matrix, dataset.classes)
         result |= protocol | {"classes": table, "confusion": matrix.counts.tolist()}
-    if processes.rank > 0:
-        return
+    loss = figures.pop("val_loss")
     result |= {name: rounded(value) for name, value in figures.items()} | {"loss": round(loss, 4)}
-    if args.json:                   # first: no trouble with printing loses the figures
+    if args.json and processes.rank == 0:       # first: no trouble with printing loses the figures
         data.write_json("--json", args.json, result)
-    if args.json == "-":
+    if args.json == "-" or processes.rank > 0:
         return
-    how = ""
+    words = [f"{result['model']} on {result['data']} {args.split}, {len(dataset)} images"]
     if model.task == "seg":         # a figure means little without the protocol
         print_classes(matrix, table, dataset.classes, model.classes)
-        how = "".join(f", {key.replace('_', ' ')} {value}" for key, value in protocol.items()
-                      if value not in (None, False, "off", [1.0]))
-    summary = [f"{name} {value:.2f} %" for name, value in figures.items()] + [f"loss {loss:.4f}"]
-    print(f"{result['model']} on {result['data']} {args.split}, {len(dataset)} images{how}: "
-          + ", ".join(summary))
+        words += [f"{key.replace('_', ' ')} {value}" for key, value in protocol.items()
+                  if value not in (None, False, "off", [1.0])]
+    figures = ", ".join(f"{name} {value:.2f} %" for name, value in figures.items())
+    print(f"{', '.join(words)}: {figures}, loss {loss:.4f}")
 
 
 def main(argv=None):
@@ -519,18 +493,17 @@ def main(argv=None):
     if args.json and not quiet:
         data.try_writing("--json", args.json)
     dataset = open_dataset(args, args.task, {}) if args.pretrain and args.data_path else None
-    model, settings = load_model(args, dataset, quiet)
-    short_side = (model.size or 512) if args.size is None else args.size or None
-    protocol = {"short_side": short_side, "scales": args.scales, "flip": args.flip,
-                "slide": args.slide, "size_divisor": args.size_divisor, "amp": args.amp}
+    model = load_model(args, dataset, quiet)
     if model.task == "cls":
         models.no_effect(args, "on a classifier",
                          "images scales flip slide size_divisor zero_is_class")
-    args.zero_is_class |= settings.get("zero_is_class", False)
     model = models.fuse(model).to(processes.device, memory_format=torch.channels_last)
+    short_side = (model.size or 512) if args.size is None else args.size or None
+    protocol = {"short_side": short_side, "scales": args.scales, "flip": args.flip,
+                "slide": args.slide, "size_divisor": args.size_divisor, "amp": args.amp}
     if args.images:
         return save_pictures(model, args, processes, protocol)
-    dataset = dataset or open_dataset(args, model.task, settings)
+    dataset = dataset or open_dataset(args, model.task, model.args)
     if dataset.num_classes != model.num_classes:
         raise UserError(f"--data-path {args.data_path}: {dataset.num_classes} classes, but the "
                         f"model knows {model.num_classes}; give the data set of its training")

@@ -12,11 +12,8 @@ FLOPs = 2 MACs. Taps on zero padding count; biases, norms, activations, soft-max
 import argparse
 import copy
 import fnmatch
-import inspect
-import json
 import math
 import re
-import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -66,16 +63,11 @@ def part_of(name):
 @dataclass
 class Count:
     """macs, params: exact totals. rows: one dict per module that multiplies or holds parameters of
-    its own: name, part, stage (1..4, None for the head), macs, params, calls."""
+    its own: name, part, stage (1..4, None for the head), macs, params, calls: 0 where another one
+    multiplies with its weights and has the MACs (UpsampledSum does), or nothing uses it."""
     macs: int
     params: int
     rows: list
-
-    @property
-    def uncalled(self):
-        """Names of the modules whose forward never ran: another one multiplied with their weights
-        and has the MACs (UpsampledSum does), or nothing uses them."""
-        return [row["name"] for row in self.rows if row["calls"] == 0]
 
     def by_part(self):
         """{part: (params, macs)}"""
@@ -106,7 +98,7 @@ def count(model, size=(512, 512)):
         params = sum(p.numel() for p in module.parameters(recurse=False))
         rows[name] = {"name": name, "part": part_of(name), "macs": 0, "params": params, "calls": 0,
                       "stage": int(stage[1]) + 1 if stage else None}
-        module.register_forward_hook(partial(record, rows[name], formula), with_kwargs=True)
+        module.register_forward_hook(partial(record, rows[name], formula))
     with torch.no_grad():
         model(torch.zeros(1, 3, *size, device="meta"))
     return Count(sum(row["macs"] for row in rows.values()),
@@ -114,32 +106,33 @@ def count(model, size=(512, 512)):
                  [row for row in rows.values() if row["macs"] or row["params"]])
 
 
-def record(row, formula, module, args, kwargs, out):
+def record(row, formula, module, inputs, out):
     """The hook: add a call, and its multiply-adds, to the module's row."""
     row["calls"] += 1
     if formula:
-        # the arguments in the order of forward, also those given by keyword
-        inputs = inspect.signature(module.forward).bind(*args, **kwargs).args
         row["macs"] += formula(module, inputs, out)
 
 
 # ---- Time and memory -----------------------------------------------------------------------------
 
-DTYPES = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def prepare(model, size, args, device):
-    """The inference form of a model -> a function that runs it once on random images, and waits."""
-    model = models.fuse(model).to(device, memory_format=torch.channels_last)
+def built(spec, args):
+    return models.build(spec.name, args.task, args.num_classes, **spec.overrides)
+
+
+def prepare(spec, size, args, device):
+    """A function that runs a model's inference form once on random images, and waits."""
+    model = models.fuse(built(spec, args)).to(device, memory_format=torch.channels_last)
     if args.compile:
         model = torch.compile(model)
     images = torch.randn(args.batch_size, 3, *size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    amp = getattr(torch, DTYPES[args.amp])
 
     @torch.inference_mode()
     def run():
-        with torch.autocast(device.type, amp, enabled=args.amp != "off"):
+        with torch.autocast(device.type, DTYPES[args.amp], enabled=args.amp != "off"):
             model(images)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -153,91 +146,87 @@ def latency(cases, args, device):
     one model, whose sizes rise, also the peak memory in GiB up to each: of tensors on a GPU, on
     the CPU all that the process held.
     """
-    runs, table, seconds = {}, {name: {} for name in cases}, {name: [] for name in cases}
-    for name, (spec, size) in cases.items():
-        model = models.build(spec.name, args.task, args.num_classes, **spec.overrides)
-        runs[name] = prepare(model, size, args, device)
+    runs, table, seconds = {}, {}, {name: [] for name in cases}
+    for name, case in cases.items():
+        runs[name] = prepare(*case, args, device)
         runs[name]()
-        table[name]["peak_gib"] = None if args.comparison else data.peak_memory(device)
+        table[name] = {"peak_gib": None if args.rows else data.peak_memory(device)}
     for _ in data.progress(range(args.latency + max(2, args.latency // 5)), "timing"):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             seconds[name].append(1000 * (time.perf_counter() - start))
     for name, values in seconds.items():
-        low, median, high = statistics.quantiles(values[-args.latency:], n=4, method="inclusive")
+        low, median, high = np.percentile(values[-args.latency:], (25, 50, 75)).tolist()
         table[name] |= {"median_ms": median, "quartiles_ms": [low, high],
                         "images_per_second": 1000 * args.batch_size / median}
     return table
 
 
-# ---- Tables --------------------------------------------------------------------------------------
-
-def figures(spec, size, args, counted):
-    """What --json writes for one model: exact integers."""
-    return {"model": str(spec), "task": args.task, "num_classes": args.num_classes,
-            "size": list(size), "fused": args.fused, "params": counted.params,
-            "macs": counted.macs, "flops": 2 * counted.macs,
-            "parts": {part: {"params": p, "macs": m} for part, (p, m) in counted.by_part().items()}}
-
-
-def print_parts(name, counted):
-    width = max(14, len(name) + 2)
-    print(f"{'part':<{width}}{'params':>14}{'MACs':>20}{'FLOPs':>20}{'% of MACs':>11}")
-    lines = counted.by_part() | {name: (counted.params, counted.macs)}
-    for part, (params, macs) in lines.items():
-        share = 100 * macs / counted.macs
-        print(f"{part:<{width}}{params:>14,}{macs:>20,}{2 * macs:>20,}{share:>11.2f}")
-    if counted.uncalled:
-        print("not called themselves, as another layer multiplies with their weights (counted "
-              f"there) or none does: {', '.join(counted.uncalled)}")
-
-
-def print_comparison(table, base, times):
-    """A line a model: parameters and MACs, with their change from the baseline; times if there are
-    any; MACs by part."""
-    parts = [part for counted in table.values() for part, (_, macs) in counted.by_part().items()
-             if macs]
-    parts = list(dict.fromkeys(parts))              # each once, in the order of their first use
-    width, clock = max(map(len, table)) + 2, ""
-    if times:
-        clock = f"{'ms':>10}{'images/s':>10}{'peak GiB':>10}"
-    print(f"{'model':<{width}}{'params M':>10}{'change':>9}{'GMAC':>10}{'change':>9}{'GFLOP':>10}"
-          f"{clock}   GMAC by part:{''.join(f'{part:>12}' for part in parts)}")
-    for name, counted in table.items():
-        params = 100 * (counted.params / base.params - 1)
-        macs = 100 * (counted.macs / base.macs - 1)
-        if times:
-            t = times[name]
-            clock = (f"{t['median_ms']:>10.1f}{t['images_per_second']:>10.2f}"
-                     f"{t['peak_gib'] or '-':>10}")
-        by_part = counted.by_part()
-        cells = "".join(f"{by_part.get(part, (0, 0))[1] / 1e9:>12.3f}" for part in parts)
-        print(f"{name:<{width}}{counted.params / 1e6:>10.3f}{params:>+8.1f}%"
-              f"{counted.macs / 1e9:>10.3f}{macs:>+8.1f}%{counted.macs / 5e8:>10.3f}{clock}"
-              f"{'':16}{cells}")
-
-
 def conditions(args, device):
     """What the times are of."""
-    dtype, name = DTYPES[args.amp], str(device)
+    dtype, name = str(DTYPES[args.amp]).removeprefix("torch."), str(device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        if dtype == "float32" and torch.get_float32_matmul_precision() != "highest":
-            dtype = "TF32"
+        dtype = dtype.replace("float32", "TF32")            # data.start asks for it
     return {"form": "fused, channels_last", "compiled": args.compile, "batch": args.batch_size,
             "dtype": dtype, "device": name, "threads": torch.get_num_threads(),
             "torch": torch.__version__, "median of runs": args.latency}
 
 
-def draw(args, counts):
+# ---- Tables --------------------------------------------------------------------------------------
+
+def figures(spec, size, args):
+    """What --json writes for one model: exact integers."""
+    with torch.device("meta"):
+        model = built(spec, args)
+    counted = count(models.fuse(model) if args.fused else model, size)
+    parts = {part: {"params": p, "macs": m} for part, (p, m) in counted.by_part().items()}
+    result = {"model": str(spec), "task": args.task, "num_classes": args.num_classes,
+              "size": list(size), "fused": args.fused, "params": counted.params,
+              "macs": counted.macs, "flops": 2 * counted.macs, "parts": parts}
+    return result if args.rows or args.sizes else result | {"rows": counted.rows}
+
+
+def print_parts(result):
+    name = result["model"]
+    width = max(14, len(name) + 2)
+    print(f"{'part':<{width}}{'params':>14}{'MACs':>20}{'FLOPs':>20}{'% of MACs':>11}")
+    for part, line in (result["parts"] | {name: result}).items():
+        macs, share = line["macs"], 100 * line["macs"] / result["macs"]
+        print(f"{part:<{width}}{line['params']:>14,}{macs:>20,}{2 * macs:>20,}{share:>11.2f}")
+
+
+def print_comparison(results, base):
+    """A line each: parameters and MACs, with their change from the baseline; times, if there are
+    any; MACs by part."""
+    parts = dict.fromkeys(part for result in results.values()
+                          for part, line in result["parts"].items() if line["macs"])
+    width, times = max(map(len, results)) + 2, ""
+    if any("latency" in result for result in results.values()):
+        times = f"{'ms':>10}{'images/s':>10}{'peak GiB':>10}"
+    print(f"{'model':<{width}}{'params M':>10}{'change':>9}{'GMAC':>10}{'change':>9}{'GFLOP':>10}"
+          f"{times}   GMAC by part:{''.join(f'{part:>12}' for part in parts)}")
+    for name, result in results.items():
+        params, macs = (100 * (result[key] / base[key] - 1) for key in ("params", "macs"))
+        if times:
+            t = result["latency"]
+            times = (f"{t['median_ms']:>10.1f}{t['images_per_second']:>10.2f}"
+                     f"{t['peak_gib'] or '-':>10}")
+        cells = [result["parts"].get(part, {"macs": 0})["macs"] / 1e9 for part in parts]
+        print(f"{name:<{width}}{result['params'] / 1e6:>10.3f}{params:>+8.1f}%"
+              f"{result['macs'] / 1e9:>10.3f}{macs:>+8.1f}%{result['flops'] / 1e9:>10.3f}{times}"
+              f"{'':16}{''.join(f'{cell:>12.3f}' for cell in cells)}")
+
+
+def draw(args, results):
     """--plot: GMAC against mIoU, the mean labelled among its seeds, or else against parameters."""
     series = {}
-    for name, counted in counts.items():
+    for name, result in results.items():
         points = series.setdefault(name.split("_")[0], [])          # a colour for each family
-        values = args.accuracy[name] if args.accuracy else [counted.params / 1e6]
-        points += [(counted.macs / 1e9, value) for value in values]
-        points.append((counted.macs / 1e9, statistics.mean(values), name))
+        values = args.accuracy[name] if args.accuracy else [result["params"] / 1e6]
+        points += [(result["macs"] / 1e9, value) for value in values]
+        points.append((result["macs"] / 1e9, np.mean(values), name))
     with data.writing("--plot", args.plot):
         data.plot(args.plot, series, "GMAC at {} x {}".format(*args.size),
                   "mIoU (%)" if args.accuracy else "parameters (M)", lines=False)
@@ -246,11 +235,9 @@ def draw(args, counts):
 # ---- python flops.py -----------------------------------------------------------------------------
 
 def height_width(text):
-    """"512", "512x1024" or "512 1024" -> (height, width)."""
-    sides = text.lower().replace(" ", "x").split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise UserError(f"size {text}: give one side, or height and width, e.g. 512 or 512x1024")
-    return int(sides[0]), int(sides[-1])
+    """"512" or "512x1024" -> (height, width)."""
+    height, _, width = text.partition("x")
+    return models.positive_int(height), models.positive_int(width or height)
 
 
 def specs(text):
@@ -265,13 +252,12 @@ def specs(text):
 
 def read_accuracy(path):
     """A JSON file {model: mIoU, or a list of them} -> {the model's name in the tables: list}."""
+    table = data.read_json(Path(path))
     try:
-        table = json.loads(Path(path).read_text())
         return {str(specs(name)[0]): [float(value) for value in np.atleast_1d(figures)]
                 for name, figures in table.items()}
-    except (OSError, ValueError, TypeError, AttributeError, argparse.ArgumentTypeError) as error:
-        raise UserError(f"--accuracy {path}: must be JSON like {{\"segformer_b0\": 71.5, "
-                        f"\"lite_final\": [68.2, 69.0]}} ({error})") from None
+    except (ValueError, TypeError, AttributeError, argparse.ArgumentTypeError) as error:
+        raise UserError(f"--accuracy {path}: must be {{row: mIoU, or a list}} ({error})") from None
 
 
 def arguments(argv=None):
@@ -285,7 +271,7 @@ def arguments(argv=None):
         help="default segformer_b2")
     add("--task", choices=list(models.CLASSES), default="seg", help="default seg")
     add("--num-classes", type=whole, help="default 150 for seg, 1000 for cls")
-    add("--size", nargs="+", default=["512"], metavar="SIDE",
+    add("--size", type=height_width, nargs="+", default=[(512, 512)], metavar="SIDE",
         help="512, 512x1024 or 512 1024: height, width (default 512)")
     add("--sizes", type=height_width, nargs="+", metavar="SIZE", help="several, of one model")
     add("--fused", action="store_true", help="count with BatchNorm folded and decoder merged")
@@ -303,37 +289,34 @@ def arguments(argv=None):
         help="write exact integers to FILE as well, or print them instead of the table")
     args = parser.parse_args(argv)
     args.defaults = vars(parser.parse_args([]))
-    args.comparison = args.all or args.rows or args.accuracy
-    if args.comparison:
+    if args.all or args.rows or args.accuracy:
         models.no_effect(args, "on a comparison", f"sizes model {' '.join(models.SLOTS)}")
     else:
         models.no_effect(args, "without --all or --rows", "baseline plot")
     if args.sizes:
         models.no_effect(args, "with --sizes", "size")
-    if args.latency is None:
+    if not args.latency:
         models.no_effect(args, "without --latency", "batch_size amp compile threads device")
-    elif args.latency < 2:
-        raise UserError(f"--latency {args.latency}: a median needs at least 2 runs")
-    if args.plot is None:
+    if not args.plot:
         models.no_effect(args, "without --plot", "accuracy")
-    args.accuracy = args.accuracy and read_accuracy(args.accuracy)
-    args.size = height_width(" ".join(args.size))
+    if args.accuracy:
+        args.accuracy = read_accuracy(args.accuracy)
+        args.rows = [specs(name) for name in args.accuracy]
+    elif args.all:
+        args.rows = [list(models.MODELS.values())]
+    args.size = args.size[0][0], args.size[-1][-1]
     args.num_classes = args.num_classes or models.CLASSES[args.task]
     return args
 
 
 def cases_of(args):
     """{name in the tables: (spec, (height, width))} of what the flags ask for."""
-    if args.accuracy:
-        args.rows = [specs(name) for name in args.accuracy]
-    elif args.all:
-        args.rows = [[spec] for spec in models.MODELS.values()]
     if args.rows:
         return {str(spec): (spec, args.size) for spec in sum(args.rows, [])}
     spec = models.make_spec(args.model, **models.slots_from(args))
-    if args.sizes is None:
-        return {str(spec): (spec, args.size)}
-    return {f"{size[0]}x{size[1]}": (spec, size) for size in sorted(args.sizes, key=math.prod)}
+    if args.sizes:
+        return {f"{size[0]}x{size[1]}": (spec, size) for size in sorted(args.sizes, key=math.prod)}
+    return {str(spec): (spec, args.size)}
 
 
 def main(argv=None):
@@ -343,40 +326,32 @@ def main(argv=None):
             data.try_writing(flag, path)
     if args.threads:
         torch.set_num_threads(args.threads)
-
-    def counted(spec, size):
-        with torch.device("meta"):
-            model = models.build(spec.name, args.task, args.num_classes, **spec.overrides)
-        return count(models.fuse(model) if args.fused else model, size)
-
-    cases = cases_of(args)
-    counts = {name: counted(*case) for name, case in data.progress(cases.items(), "counting")}
-    results = [figures(*case, args, counts[name]) for name, case in cases.items()]
-    first, single = next(iter(counts.values())), not (args.comparison or args.sizes)
-    if single:
-        results[0]["rows"] = first.rows
-    times = {}
+    cases, several = cases_of(args), args.rows or args.sizes
+    results = {name: figures(*case, args)
+               for name, case in data.progress(cases.items(), "counting")}
+    base = first = next(iter(results.values()))
     if args.latency:
         device = data.start(args.device).device
-        times, ran = latency(cases, args, device), conditions(args, device)
-        for result, name in zip(results, cases):
-            result["latency"] = times[name] | ran
+        ran = conditions(args, device)
+        for name, times in latency(cases, args, device).items():
+            results[name]["latency"] = times | ran
     if args.json != "-":
         size = "each size" if args.sizes else "{} x {} (H x W)".format(*args.size)
         fused = ", fused for inference" if args.fused else ""
         print(f"one image of {size}, task {args.task}, {args.num_classes} classes{fused}; 1 MAC = "
               "a multiply-add of conv, linear or matmul; FLOPs = 2 MACs")
-        if times:
+        if args.latency:
             print("times:", ", ".join(f"{key} {value}" for key, value in ran.items()))
-        if single:
-            print_parts(results[0]["model"], first)
-        if times or not single:
-            base = counted(models.MODELS[args.baseline], args.size) if args.comparison else first
-            print_comparison(counts, base, times)
+        if args.rows:
+            base = figures(models.MODELS[args.baseline], args.size, args)
+        if not several:
+            print_parts(first)
+        if several or args.latency:
+            print_comparison(results, base)
     if args.plot:
-        draw(args, counts)
+        draw(args, results)
     if args.json:
-        data.write_json("--json", args.json, results[0] if single else results)
+        data.write_json("--json", args.json, list(results.values()) if several else first)
 
 
 if __name__ == "__main__":

@@ -985,11 +985,12 @@ def check_numbers(name, value, target):
 
 def know(model, checkpoint):
     """Give a model what its checkpoint says of its data: classes (K names), colors ((K, 3) uint8 or
-    None), size (of the short side in training, or None), first_id (of class 0 in masks)."""
+    None), size (of the short side in training, or None), first_id (of class 0 in masks); and args,
+    the flags of its training."""
     args, classes = checkpoint.get("args", {}), checkpoint.get("classes")
     colors, first_id = checkpoint.get("colors"), checkpoint.get("first_id")
     model.classes = classes or [f"class {k}" for k in range(model.num_classes)]
-    model.colors = None
+    model.args, model.colors = args, None
     try:
         model.size = args.get("crop") or args.get("image_size")
         model.first_id = first_id

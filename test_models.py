@@ -2678,7 +2678,7 @@ def test_samples_are_small(small_model, tmp_path):
     image, labels, name = pairs[0]
     pairs[:] = [(image.repeat(1, 40, 40), labels.repeat(40, 40).byte(), name)]
     pairs.classes, pairs.colors = list("abcd"), data.distinct_colors(4)
-    eval.save_samples(small_model, pairs, 64, torch.device("cpu"), tmp_path / "s.png")
+    eval.save_samples(small_model, pairs, 64, tmp_path / "s.png")
     width, height = Image.open(tmp_path / "s.png").size
     assert 3 * 320 <= width < 1200 and height < 600
 

@@ -297,7 +297,7 @@ def main(argv=None):
                     data.draw_curves(output / "curve.png", rows, "mIoU")
             if rank == 0 and improved:
                 with models.tolerated(output / "samples.png"):
-                    save_samples(evaluated, val_set, args.crop, device, output / "samples.png")
+                    save_samples(evaluated, val_set, args.crop, output / "samples.png")
 
     note = " already (a new run needs another --output-dir)" if complete_already else ""
     total = sum(row["seconds"] for row in rows)
