@@ -22,6 +22,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import struct
 import sys
 import threading
@@ -81,8 +82,8 @@ def start(device=None, timeout=300):
     if device.type == "cuda":
         here = torch.cuda.device_count()
         if device.index >= here or (name != "cuda" and local_world > 1):
-            raise UserError(f"--device {name}: each of {local_world} processes needs a GPU of its "
-                            f"own, and {here} are here; use --device cuda or cpu, or fewer of them")
+            raise UserError(f"--device {name}: a process needs a GPU of its own, {here} are here "
+                            f"for {local_world}; use --device cuda or cpu, or start fewer")
         torch.cuda.set_device(device)
         # One precision for matrix products and convolutions: TF32, float32's range in 19 bits.
         torch.set_float32_matmul_precision("high")
@@ -108,14 +109,17 @@ def _places():
 def _join(rank, world, device, timeout):
     """Wait for all processes, for 10 minutes at least, then form the group."""
     global _store
-    wait, attempt = max(timeout, 600), "0"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's store outlives a restart: without keys of their own, the processes of the
-        # second attempt would read the addresses of the first one's dead processes.
-        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    address = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    wait = max(timeout, 600)
+    attempt = "0"
     # Python's handlers do not run while C++ waits: until it is done, signals just end the process.
     handlers = handle(signal.SIG_DFL)
     try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store outlives a restart: without keys of their own, the processes of the
+            # second attempt would read the addresses of the first one's dead processes.
+            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+            socket.create_connection(address, timeout=30).close()    # or torchrun has died already
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=wait)))
         _store = dist.PrefixStore(f"attempt {attempt}", store)
         if silent := _silent("here", rank, world, wait):
@@ -124,18 +128,19 @@ def _join(rank, world, device, timeout):
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout),
                                 store=_store, rank=rank, world_size=world, device_id=gpu)
     except (RuntimeError, ValueError, OSError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"process {rank} of {world} cannot join the others at {address}: "
-                        f"{str(error).splitlines()[0]}; are all of them started, and can they "
-                        "reach this address?") from None
+        reason = str(error).split("\n")[0]
+        raise UserError(f"process {rank} of {world} cannot join the others at {':'.join(address)}: "
+                        f"{reason}; are all of them started, and can they reach this address?"
+                        ) from None
     finally:
         handle(*handlers)
 
 
 def _silent(note, rank, world, seconds):
     """Leave a note for the others and wait for theirs. -> who has left none, as text, or ''"""
-    keys, end = [f"{note} {other}" for other in range(world)], time.monotonic() + seconds
+    keys = [f"{note} {other}" for other in range(world)]
     _store.set(keys[rank], "")
+    end = time.monotonic() + seconds
     while not _store.check(keys) and time.monotonic() < end:    # its wait() would log the time-out
         time.sleep(0.1)
     silent = [str(other) for other in range(world) if not _store.check([keys[other]])]
@@ -349,9 +354,9 @@ class EpochSampler(Sampler):
     """This rank's share of a shuffle that is a pure function of (seed, epoch).
 
     Yields keys (epoch, view, index): with the epoch in the key the workers hold no state.
-    `repeats` > 1 is repeated augmentation (Hoffer et al., "Augment your batch", CVPR 2020; the
-    RASampler of DeiT): an image is drawn `repeats` times in a row, in different views that go to
-    neighbouring ranks, and the epoch keeps its length: it shows 1/repeats of the images.
+    `repeats` > 1 is repeated augmentation (Hoffer et al., "Augment your batch", CVPR 2020; DeiT's
+    RASampler): an image is drawn `repeats` times in a row, in different views that go to
+    neighbouring ranks, and an epoch of the same length shows 1/repeats of the images.
     """
 
     def __init__(self, size, processes, seed, repeats):
