@@ -620,6 +620,9 @@ def scan(folder, suffixes, end=""):
             problems.append(f"{shown(path)}: has the same stem as {shown(found[stem].name)}; "
                             "remove one of them")
         found.setdefault(stem, path)
+    if not found:
+        raise UserError(f"{shown(folder)}: no images *{end} of the types "
+                        f"{' '.join(sorted(suffixes))}; {contents(Path(folder))}")
     return found, problems
 
 
@@ -718,50 +721,37 @@ def training_view(image, labels, crop, rng, scale=(0.5, 2.0), base=None):
     shape = min(crop, size[0]), min(crop, size[1])
     span = [int((full - part) * s) // unit for full, part, s in zip(size, shape, step)]
     grid = [((np.arange(n) + 0.5) * s).astype(np.int64) for n, s in zip(shape, step)]
-    for attempt in range(TRIES + 1):
+    for _ in range(TRIES + 1):
         corner = [int(rng.integers(n + 1)) * unit for n in span]
         rows, columns = corner[0] + grid[0], corner[1] + grid[1]
         # A sixteenth of the pixels is enough to see whether one class covers the crop.
-        if attempt == TRIES or _varied(labels[rows[::4]][:, columns[::4]]):
+        counts = np.bincount(labels[rows[::4]][:, columns[::4]].ravel(), minlength=256)[:IGNORED]
+        if counts.max() < LARGEST * counts.sum():
             break
-    flip = rng.random() < 0.5
-    if flip:
-        columns = w - 1 - columns
-    part = _resized_part(image, corner, shape, step, unit, flip)
+    if rng.random() < 0.5:
+        image, labels = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), labels[:, ::-1]
     view = torch.zeros(4, crop, crop, dtype=torch.uint8)
-    view[:3, :shape[0], :shape[1]] = part.permute(2, 0, 1)
+    view[:3, :shape[0], :shape[1]] = _resized_part(image, corner, shape, step, unit)
     view[3, :shape[0], :shape[1]] = 1
     target = torch.full((crop, crop), IGNORED, dtype=torch.uint8)
-    target[:shape[0], :shape[1]] = torch.from_numpy(labels.take(columns, 1).take(rows, 0))
+    target[:shape[0], :shape[1]] = torch.from_numpy(labels[rows][:, columns])
     return view, target, color_matrix(*color_affine(*random_color(rng)))
 
 
-def _varied(labels):
-    counts = np.bincount(labels.ravel(), minlength=256)[:IGNORED]
-    return counts.max() < LARGEST * counts.sum()
-
-
-def _resized_part(image, corner, shape, step, unit, flip):
-    """Cut out and resize what the view shows. -> (h, w, 3) uint8"""
-    (y, x), (height, width) = (c // unit for c in corner), image.size[::-1]
+def _resized_part(image, corner, shape, step, unit):
+    """Cut out and resize what the view shows. -> (3, h, w) uint8"""
+    y, x = (c // unit for c in corner)
     step = [s / unit for s in step]
     taps = [math.ceil((n + 1) * s + max(1, s)) for n, s in zip(shape, step)]    # pixels to be read
-    bottom, right = min(height, y + taps[0]), min(width, x + taps[1])
-    box = (x, y, right, bottom)
-    if flip:
-        box = (width - right, y, width - x, bottom)
-    part = image.crop(box)
-    if part.mode != "RGB":    # convert would copy all the same
-        part = part.convert("RGB")
-    if flip:
-        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    box = x, y, min(image.width, x + taps[1]), min(image.height, y + taps[0])
+    part = np.array(image.crop(box).convert("RGB"))
     # torch's uint8 kernel is 4 times as fast as Pillow's resize. It wants channels_last, which this
     # order of views gives; the factor, not the size, fixes its grid, and 1e-9 keeps
     # floor(pixels * factor) from losing the last pixel to rounding.
-    part = torch.from_numpy(np.array(part))[None].permute(0, 3, 1, 2)
+    part = torch.from_numpy(part)[None].permute(0, 3, 1, 2)
     factor = [1 / s * (1 + 1e-9) for s in step]
     part = F.interpolate(part, scale_factor=factor, mode="bilinear", antialias=True)
-    return part.permute(0, 2, 3, 1)[0, :shape[0], :shape[1]]
+    return part[0, :, :shape[0], :shape[1]]
 
 
 # ---- Segmentation data in folders ----------------------------------------------------------------
@@ -776,43 +766,31 @@ class Layout(NamedTuple):
     masks: str
     splits: tuple = ("train", "val")    # names of the folders for training and validation
     ids: dict | None = None             # {id in a mask: class}, if the usual rule does not hold
+    classes: tuple = ()                 # the names of these classes
 
 
-# Classes of Cityscapes: id in the labelIds masks, colour, name.
+# Cityscapes: of each class its id in the labelIds masks, colour, name.
 CITYSCAPES = [row.split(" ", 2) for row in (
     "7 804080 road|8 f423e8 sidewalk|11 464646 building|12 66669c wall|13 be9999 fence|"
     "17 999999 pole|19 faaa1e traffic light|20 dcdc00 traffic sign|21 6b8e23 vegetation|"
     "22 98fb98 terrain|23 4682b4 sky|24 dc143c person|25 ff0000 rider|26 00008e car|"
     "27 000046 truck|28 003c64 bus|31 005064 train|32 0000e6 motorcycle|33 770b20 bicycle"
 ).split("|")]
+IDS, COLORS, NAMES = zip(*CITYSCAPES)
 
 LAYOUTS = {
     "ADE20K": Layout("images/{}/*", "annotations/{}/*", ("training", "validation")),
-    "the original project's": Layout("image/{}/*", "mask/{}/*"),
     "ADE20K, short names": Layout("images/{}/*", "annotations/{}/*"),
+    "the original project's": Layout("image/{}/*", "mask/{}/*"),
     "images beside masks": Layout("images/{}/*", "masks/{}/*"),
     "a folder for each split": Layout("{}/images/*", "{}/masks/*"),
     "Cityscapes with labelTrainIds": Layout(
         "leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelTrainIds",
-        ids={k: k for k in range(19)}),
+        ids={k: k for k in range(19)}, classes=NAMES),
     "Cityscapes": Layout(
         "leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelIds",
-        ids={int(row[0]): k for k, row in enumerate(CITYSCAPES)}),
+        ids={int(i): k for k, i in enumerate(IDS)}, classes=NAMES),
 }
-
-# The colours in which ADE20K is always drawn (the MIT scene parsing benchmark), class by class.
-ADE20K_COLORS = np.frombuffer(bytes.fromhex(
-    "787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33"
-    "ff06528fff8cccff04ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff"
-    "08ffd607ffe0ffb8060aff47ff290a07ffffe0ff086608ffff3d06ffc207ff7a0800ff14ff0829ff05990633ff"
-    "eb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe00099ff000000ffff470000ebff00adff1f00ff"
-    "0bc8c8ff520000fff5003dff00ff7000ff85ff0000ffa300ff6600c2ff00008fff33ff000052ff00ff2900ffad"
-    "0a00ffadff0000ff99ff5c00ff00ffff00f5ff0066ffad00ff0014ffb8b8001fff00ff3d0047ffff00cc00ffc2"
-    "00ff52000aff0070ff3300ff00c2ff007aff00ffa3ff990000ff0aff70008fff005200ffa3ff00ffeb0008b8aa"
-    "8500ff00ff5cb800ffff001f00b8ff00d6ffff00705cff0000e0ff70e0ff46b8a0a300ff9900ff47ff00ff00a3"
-    "ffcc00ff008f00ffeb85ff00ff00ebf500ffff007afff5000abed4d6ff0000ccff1400ffffff000099ff0029ff"
-    "00ffcc2900ff29ff00ad00ff00f5ff4700ff7a00ff00ffb8005cffb8ff000085ffffd60019c2c266ff005c00ff"),
-    np.uint8).reshape(150, 3)
 
 
 class FolderSegmentation(EpochDataset):
@@ -838,50 +816,47 @@ class FolderSegmentation(EpochDataset):
         if self.problems and strict:
             raise UserError(f"{self.problems[0]} (one of {len(self.problems)} such files, which "
                             "python data.py PATH lists)")
-        other = []
+        self.all_paths = list(self.paths)
         with suppress(UserError):      # a split that is not there, or is not asked for
-            other, _ = pair(self.root, layout, "val" if split == "train" else "train")
-        self.all_paths = self.paths + other
-        self._set_rule(layout, zero_is_class)
-        self._set_classes(layout, zero_is_class, classes)
-
-    def _set_rule(self, layout, zero_is_class):
-        self.ids, source = layout.ids, self.layout
+            self.all_paths += pair(self.root, layout, "val" if split == "train" else "train")[0]
         if (path := self.root / "label_map.json").exists():
-            self.ids, source = read_label_map(path), path.name
+            layout = layout._replace(ids=read_label_map(path), classes=())
+        self.ids = layout.ids
+        self._set_rule(zero_is_class)
+        self.classes = (classes or read_classes(self.root, zero_is_class) or list(layout.classes)
+                        or [f"class {k}" for k in range(self._last_class() + 1)])
+        self.num_classes = len(self.classes)
+        if self.ids and self._last_class() >= self.num_classes:
+            raise UserError(f"{shown(self.root)}: class {self._last_class()} of the label map is "
+                            f"beyond the {self.num_classes} classes (0 is the first); correct one")
+        self.colors = distinct_colors(self.num_classes)
+        if self.classes == list(NAMES):
+            self.colors = np.array([list(bytes.fromhex(color)) for color in COLORS], np.uint8)
+
+    def _set_rule(self, zero_is_class):
+        if self.ids and zero_is_class:
+            raise UserError(f"--zero-is-class: {shown(self.root)} has a label map, which says the "
+                            "class of id 0 as well; leave the flag out")
         if self.ids:
-            self.rule = f"{source} says which class an id of a mask is, all other ids are ignored"
+            self.rule = "a label map says which class an id of a mask is, other ids are ignored"
             self.table = np.full(2 ** 16 + 1, IGNORED, np.uint8)
             self.table[list(self.ids)] = list(self.ids.values())
-            if zero_is_class:
-                raise UserError(f"--zero-is-class: in {shown(self.root)} {self.rule}; leave the "
-                                "flag out")
         elif zero_is_class:
             self.rule = "id k of a mask is class k, 255 is ignored"
         else:
             self.rule = "id k of a mask is class k-1, 0 and 255 are ignored"
             self.first_id = 1
 
-    def _set_classes(self, layout, zero_is_class, classes):
-        known = layout.ids is not None and self.ids is layout.ids
-        classes = classes or read_classes(self.root, zero_is_class)
-        if known and not classes:
-            classes = [name for _, _, name in CITYSCAPES]
-        if not classes:
-            last = max(self.ids.values()) if self.ids else self._largest_id() - self.first_id
-            classes = [f"class {k}" for k in range(max(last, 0) + 1)]
-        self.classes = classes
-        if len(classes) > IGNORED:
-            raise UserError(f"{shown(self.root)}: {len(classes)} classes; at most {IGNORED} are "
-                            "possible, 255 is ignored")
-        if self.ids and max(self.ids.values()) >= len(classes):
-            raise UserError(f"{shown(self.root)}: class {max(self.ids.values())} in the label map "
-                            f"is beyond the {len(classes)} classes, from 0 on; correct one of them")
-        self.colors = self._colors(known)
-
-    @property
-    def num_classes(self):
-        return len(self.classes)
+    def _last_class(self):
+        """Of the label map, or of the masks of both splits, which must agree on the classes."""
+        if self.ids:
+            return max(self.ids.values())
+        largest = self.first_id
+        for _, path in progress(self.all_paths, "looking for class ids"):
+            with suppress(UserError):    # it is reported when it is read for its pixels
+                mask = read_mask(path)
+                largest = max(largest, int(mask.max(initial=0, where=mask < IGNORED)))
+        return largest - self.first_id
 
     def __len__(self):
         return len(self.paths)
@@ -904,41 +879,16 @@ class FolderSegmentation(EpochDataset):
             if mask.dtype != np.uint8:
                 mask = mask.clip(-1, 2 ** 16)    # both are the table's last place: ignored
             return self.table[mask]
-        first = self.first_id
-        limit = self.num_classes + first
-        if mask.max() >= limit or mask.min() < 0:
-            bad = mask[((mask >= limit) | (mask < 0)) & (mask != IGNORED)]
-            if bad.size:
-                raise UserError(f"{shown(path)}: label id {bad[0]} is beyond the "
-                                f"{self.num_classes} classes (ids {first}..{limit - 1}, 255 ignored"
-                                "); correct the mask or the class names, or add a label_map.json")
+        first, limit = self.first_id, self.first_id + self.num_classes
+        bad = mask[((mask >= limit) & (mask != IGNORED)) | (mask < 0)]
+        if bad.size:
+            raise UserError(f"{shown(path)}: label id {bad[0]} is beyond the {self.num_classes} "
+                            f"classes (ids {first}..{limit - 1}, 255 ignored); correct the mask or "
+                            "the class names, or add a label_map.json")
         mask = mask.astype(np.uint8, copy=False)
         if first:
             mask -= (mask != IGNORED).view(np.uint8)    # 0 wraps around to 255, and 255 stays
         return mask
-
-    def _largest_id(self):
-        """Of the masks of both splits, which must agree on the number of classes."""
-        largest = -1
-        for _, path in progress(self.all_paths, "looking for class ids"):
-            with suppress(UserError):    # it is reported when it is read for its pixels
-                mask = read_mask(path)
-                largest = max(largest, int(mask.max(initial=0, where=mask < IGNORED)))
-        return largest
-
-    def _colors(self, is_cityscapes):
-        if self.num_classes == 150 and self.classes[0] == "wall" and self.classes[-1] == "flag":
-            return ADE20K_COLORS.copy()
-        if is_cityscapes and self.num_classes == len(CITYSCAPES):
-            return np.array([list(bytes.fromhex(color)) for _, color, _ in CITYSCAPES], np.uint8)
-        # A mask that cannot be opened is named when it is read for its pixels.
-        with suppress(UserError, IndexError), opened(self.paths[0][1], any_depth=True) as mask:
-            if mask.mode == "P" and not self.ids:
-                palette = np.array(mask.getpalette(), np.uint8).reshape(-1, 3)
-                colors = palette[self.first_id:][:self.num_classes]
-                if len(np.unique(colors, axis=0)) == self.num_classes:
-                    return colors
-        return distinct_colors(self.num_classes)
 
     def fingerprint(self):
         """Names and sizes of the files of both splits, wherever they lie, names and ids.
@@ -975,38 +925,29 @@ class FolderSegmentation(EpochDataset):
 
     def judge(self, counts, where=""):
         """Of the number of pixels of each label, (256,): -> notes, or UserError; see `check`."""
-        seen, names = np.flatnonzero(counts[:self.num_classes]), list(map(shown, self.classes))
+        names = [shown(name) for name in self.classes]
+        seen = [name for name, count in zip(names, counts) if count]
+        missing = [name for name, count in zip(names, counts) if not count]
         if len(seen) < (2 if self.split == "train" else 1):
-            found = [f"only '{names[k]}'" for k in seen] or ["no class"]
-            raise UserError(f"{shown(self.root)}: {found[0]} is in the masks of {self.split}, "
-                            + self._remedy())
-        notes, missing = [], [name for k, name in enumerate(names) if k not in seen]
+            found = f"only '{seen[0]}'" if seen else "no class"
+            raise UserError(f"{shown(self.root)}: {found} is in the masks of {self.split} "
+                            f"({self.rule}); --zero-is-class makes a class of id 0, and masks of 0 "
+                            'and 255 need a label_map.json {"0": 0, "255": 1}')
+        notes = []
         if (share := counts[IGNORED] / counts.sum()) > 0.5:
             notes.append(f"{100 * share:.0f} % of the pixels{where} are ignored")
         if missing:
             notes.append(f"{len(missing)} of {self.num_classes} classes do not occur{where}: "
                          + ", ".join(missing[:5]))
-        if missing and self.classes[0] == "class 0":
+        if missing and names[0] == "class 0":
             notes.append("the ids in the masks skip; a label_map.json {id: class} makes them dense")
         if self.first_id and names[-1] in missing and UNNAMED.fullmatch(names[0]):
             notes.append(f"the last class does not occur, and the first is '{names[0]}': if it is "
                          "id 0 of the masks, leave it out of the names, or pass --zero-is-class")
         return [f"{self.split}: {note}" for note in notes]
 
-    def _remedy(self):
-        """What to do about masks that show less than two classes."""
-        ids = set()
-        for _, path in some(self.paths, 100):
-            ids.update(np.unique(read_mask(path)).tolist())
-        remedy = "at least two classes are needed"
-        if self.ids:
-            remedy = self.rule
-        elif ids <= {0, 255}:
-            remedy = ("255 is ignored: write 1 instead of 255 and pass --zero-is-class, or add "
-                      'label_map.json {"0": 0, "255": 1}')
-        elif self.first_id and 0 in ids:
-            remedy = "0 is ignored, unless you pass --zero-is-class"
-        return f"whose ids are {', '.join(map(str, sorted(ids)[:10]))}: {remedy}"
+
+UNNAMED = re.compile("unlabell?ed|unknown|background|void|ignored?|other|none", re.IGNORECASE)
 
 
 def require_size(path, size, mask_path, mask_size):
@@ -1015,61 +956,51 @@ def require_size(path, size, mask_path, mask_size):
                         f"{shown(path)} is {size[0]}x{size[1]}; they must be equal")
 
 
-UNNAMED = re.compile("unlabell?ed|unknown|background|void|ignored?|other|none", re.IGNORECASE)
-
-
 def find_layout(root):
-    """The name of the layout whose files are in a folder, or else whose folders."""
+    """The name of the layout of which a folder has most: images and masks, of both splits."""
     if not root.is_dir():
         raise UserError(f"{shown(root)}: no such folder")
-    for name, layout in LAYOUTS.items():
-        if all(_has_files(root, part, layout.splits) for part in (layout.images, layout.masks)):
-            return name
-    for name, layout in LAYOUTS.items():
-        if any((root / layout.images.format(s).split("/")[0]).is_dir() for s in layout.splits):
-            return name
-    known = "; ".join(sorted({f"{layout.images}, {layout.masks}" for layout in LAYOUTS.values()}))
-    raise UserError(f"{contents(root)}: none of the layouts {known} ({{}} is a split's folder)")
 
+    def parts(name):
+        layout = LAYOUTS[name]
+        wanted = itertools.product(layout[:2], layout.splits)
+        paths = [root / pattern.format(split) for pattern, split in wanted]
+        return sum(any(path.parent.rglob(path.name + ".*")) for path in paths)
 
-def _has_files(root, pattern, splits):
-    paths = [root / pattern.format(split) for split in splits]
-    return any(next(path.parent.rglob(path.name + ".*"), None) for path in paths)
+    best = max(LAYOUTS, key=parts)
+    if not parts(best):
+        known = "; ".join(f"{layout.images}, {layout.masks}" for layout in LAYOUTS.values())
+        raise UserError(f"{contents(root)}: none of the layouts {known} ({{}}: a split's folder)")
+    return best
 
 
 def pair(root, layout, split):
     """-> [(image, mask)] by stem, sorted; messages on files without a partner or of one stem."""
-    name, found, problems = layout.splits[split == "val"], [], []
+    found, problems, split = [], [], layout.splits[split == "val"]
     for pattern, suffixes in ((layout.images, IMAGE_FILES), (layout.masks, MASK_FILES)):
-        folder, file = os.path.split(root / pattern.format(name))
-        files, same = scan(Path(folder), suffixes, file[1:])
-        if not files:
-            what = "images" if suffixes is IMAGE_FILES else "masks (JPEG would change their ids)"
-            raise UserError(f"{shown(folder)}: no {what} {file} of the types "
-                            f"{' '.join(sorted(suffixes))}; {contents(Path(folder))}")
-        found.append((files, folder, file[1:]))
+        path = root / pattern.format(split)
+        files, same = scan(path.parent, suffixes, path.name[1:])
+        found.append(files)
         problems += same
-    (images, image_folder, image_end), (masks, mask_folder, mask_end) = found
-    added = common_end(images, masks)
-    masks = {stem.removesuffix(added): path for stem, path in masks.items()}
-    problems += [f"{shown(path)}: no mask {shown(f'{mask_folder}/{stem}{added}{mask_end}.png')}; "
-                 "add it or remove the image" for stem, path in images.items() if stem not in masks]
-    problems += [f"{shown(path)}: no image {shown(f'{image_folder}/{stem}{image_end}.*')}; "
-                 "add it or remove the mask" for stem, path in masks.items() if stem not in images]
+    images, masks = found
+    end = common_end(images, masks)
+    masks = {stem.removesuffix(end): path for stem, path in masks.items()}
+    for stem in sorted(images.keys() - masks.keys()):
+        mask = layout.masks.format(split).replace("*", stem + end)
+        problems.append(f"{shown(images[stem])}: no mask {shown(mask)}.png; add it or remove the "
+                        "image")
+    for stem in sorted(masks.keys() - images.keys()):
+        image = layout.images.format(split).replace("*", stem)
+        problems.append(f"{shown(masks[stem])}: no image {shown(image)}.*; add it or remove the "
+                        "mask")
     return [(images[stem], masks[stem]) for stem in images if stem in masks], problems
 
 
 def common_end(images, masks):
     """What the masks' stems have after their images', as in IMG_1_mask.png beside IMG_1.jpg."""
-    if any(stem in masks for stem in images):
-        return ""
     first = next(iter(masks))
-    ends = [first[len(stem):] for stem in images if first.startswith(stem)]
-
-    def fits(end):
-        return sum(stem.endswith(end) and stem.removesuffix(end) in images for stem in masks)
-
-    return max(ends, key=fits, default="")
+    ends = ["", *(first[len(stem):] for stem in images if first.startswith(stem))]
+    return max(ends, key=lambda end: sum(stem + end in masks for stem in images))
 
 
 def read_classes(root, zero_is_class):
@@ -1083,8 +1014,8 @@ def read_classes(root, zero_is_class):
         if not info.is_file():
             return None
         lines = read_text(info, str.splitlines)[1:]    # Idx  Ratio  Train  Val  [Stuff]  Name
-        names = [line.split("\t")[-1] for line in lines if line.strip()]
-        return _checked(info, ["other"] * zero_is_class + names)
+        names = [line.split("\t")[-1].strip() for line in lines if line.strip()]
+        return ["other"] * zero_is_class + names
     table, names = read_json(path), {}
     if isinstance(table, dict):
         table = table.get("id2label", table)
@@ -1095,19 +1026,15 @@ def read_classes(root, zero_is_class):
             if type(value) is int:
                 key, value = value, key
             names[int(key)] = value
-    if not names or sorted(names) != list(range(len(table))):
+    if not names or sorted(names) != list(range(len(table))) or len(names) > IGNORED:
         raise UserError(f'{shown(path)}: must be {{"0": "name", "1": "name", ...}}, with each id '
-                        "from 0 on once, without a gap")
-    return _checked(path, [names[k] for k in range(len(names))])
-
-
-def _checked(path, names):
-    for k, name in enumerate(names):
+                        f"from 0 on once, without a gap, {IGNORED - 1} at most")
+    for k, name in names.items():
         one_line = isinstance(name, str) and len(name.strip().splitlines()) == 1
         if not one_line or len(name) > 200:
             raise UserError(f"{shown(path)}: the name of class {k} is {shown(repr(name)[:60])}; a "
                             "name is one line of text, not empty, of 200 characters at most")
-    return [name.strip() for name in names]
+    return [names[k].strip() for k in range(len(names))]
 
 
 def read_label_map(path):
@@ -1133,12 +1060,10 @@ def class_weights(dataset, source):
         counts = dataset.count_pixels()[:dataset.num_classes]
         weights = np.maximum(counts, counts[counts > 0].min()) ** -0.5
         return torch.tensor(weights * counts.sum() / (weights * counts).sum()).float()
-    table = read_json(Path(source))
-    weights = [1]
-    if isinstance(table, dict):
+    table, weights = read_json(Path(source)), []
+    if isinstance(table, dict) and table.keys() <= set(dataset.classes):
         weights = [table.get(name, 1) for name in dataset.classes]
-    good = all(type(weight) in (int, float) and 0 <= weight < 1e6 for weight in weights)
-    if not good or not any(weights) or not set(table) <= set(dataset.classes):
+    if not any(weights) or not all(type(w) in (int, float) and 0 <= w < 1e6 for w in weights):
         raise UserError(f"--class-weights {shown(source)}: must be {{class: weight, ...}}, with "
                         "names of classes and numbers from 0 on that are not all 0")
     return torch.tensor(weights, dtype=torch.float32)
@@ -1183,7 +1108,7 @@ class Shapes(EpochDataset):
         return image.permute(2, 0, 1), labels, f"shapes/{self.split}/{index:05d}"
 
     def count_pixels(self):
-        return np.bincount(self.labels.numpy().ravel(), minlength=256)
+        return self.labels.flatten().bincount(minlength=256).numpy()
 
 
 def draw_shapes(split, index, size):
@@ -1244,8 +1169,7 @@ HUES = {2: 0.0, 8: 0.0, 3: 0.33, 5: 0.33, 6: 0.62, 7: 0.62, 4: 0.83}    # of the
 
 
 def _texture(rng, x, y, kind, color=None):
-    """A colour, any greyish one if None, with a gentle slope, under a wave ("striped") or in
-    flecks ("speckled")."""
+    """A colour, any greyish one if None, with a gentle slope, under a wave or in flecks."""
     if color is None:
         color = rng.uniform(60, 180) + rng.uniform(-25, 25, 3)
     other = color * rng.uniform(0.4, 1.6)
@@ -1260,25 +1184,16 @@ def _texture(rng, x, y, kind, color=None):
     return color + (other - color) * mix[..., None]
 
 
-class LargestShape(EpochDataset):
+class LargestShape(Shapes):
     """Shapes for classification: which kind of shape covers the most pixels?"""
     classes = Shapes.classes[2:]       # without the two grounds
     num_classes = len(classes)
 
-    def __init__(self, split, size=None, seed=0):
-        self.shapes = Shapes(split, size, seed)
-
-    def __len__(self):
-        return len(self.shapes)
-
     def __getitem__(self, key):
-        image, labels, *rest = self.shapes[key]
+        image, labels, *rest = super().__getitem__(key)
         counts = labels.flatten().bincount(minlength=256)[2:2 + self.num_classes]
-        if self.shapes.crop:
-            image = normalise(image[None], rest[0][None])[0]
-        else:
-            image = normalise(image)
-        return image, int(counts.argmax())
+        colour = rest[0][None] if self.crop else None
+        return normalise(image[None], colour)[0], int(counts.argmax())
 
 
 # ---- Classification data -------------------------------------------------------------------------
@@ -1287,8 +1202,8 @@ class TinyImageNet(EpochDataset):
     """Tiny-ImageNet-200, or any tree train/CLASS/*.jpg + val/CLASS/*.jpg.
 
     Item: (float32 (3, S, S), class). val/ may be the official one (val/images and
-    val_annotations.txt) or restructured; images may lie one level down in a folder images/. The
-    class is the position in the sorted folder names of train/, always. Grey images become RGB.
+    val_annotations.txt) or restructured. The class is the position in the sorted folder names of
+    train/, always. Grey images become RGB.
 
     Training is DeiT's recipe (Touvron et al. 2021, table 9), part by part: random resized crop
     (bicubic), flip, RandAugment, jitter 0.4, random erasing 0.25. jitter acts only without
@@ -1314,10 +1229,10 @@ class TinyImageNet(EpochDataset):
         self.paths = []
         for label, name in enumerate(self.classes):
             self.paths += [(path, label) for path in files[name]]
-        self.train = split == "train" if train is None else train
+        train = split == "train" if train is None else train
         bicubic = {"interpolation": v2.InterpolationMode.BICUBIC}
         steps = [v2.Resize(int(image_size / 0.875), **bicubic), v2.CenterCrop(image_size)]
-        if self.train:
+        if train:
             if resized_crop:
                 steps = [v2.RandomResizedCrop(image_size, **bicubic)]
             if flip:
@@ -1329,7 +1244,7 @@ class TinyImageNet(EpochDataset):
                 steps.append(v2.ColorJitter(jitter, jitter, jitter))
         steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
                   v2.Normalize(MEAN.flatten().tolist(), STD.flatten().tolist())]
-        if self.train and erase:
+        if train and erase:
             steps.append(v2.RandomErasing(erase, scale=(0.02, 1 / 3), value="random"))
         self.transform = v2.Compose(steps)
 
@@ -1348,33 +1263,21 @@ class TinyImageNet(EpochDataset):
         path, label = self.paths[index]
         with opened(path) as image:
             image = image.convert("RGB")
-        if not self.train:
+        with torch.random.fork_rng(devices=()):    # torchvision draws from the CPU's global stream
+            torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))
             return self.transform(image).as_subclass(torch.Tensor), label
-        # torchvision draws from the CPU's global stream: it is lent to this item alone.
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))
-        try:
-            return self.transform(image).as_subclass(torch.Tensor), label
-        finally:
-            torch.set_rng_state(state)
 
 
 def class_folders(folder):
-    """{class: [paths]} of FOLDER/CLASS/*.jpg or FOLDER/CLASS/images/*.jpg, sorted by class."""
-    try:
-        places = [Path(entry) for entry in os.scandir(folder)
-                  if entry.is_dir() and not entry.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"{shown(folder)}: {error.strerror}; it holds a folder a class") from None
+    """{class: [paths]} of FOLDER/CLASS/*.jpg, or in sub-folders of CLASS, sorted by class."""
+    places = sorted(folder.iterdir()) if folder.is_dir() else []
     files = {}
-    for place in sorted(places):
-        inner = place / "images"
-        found, same = scan(inner if inner.is_dir() else place, IMAGE_FILES)
-        if same:
-            raise UserError(same[0])
-        if not found:
-            raise UserError(f"{shown(place)}: no images in this class folder; remove it")
-        files[place.name] = list(found.values())
+    for place in places:
+        if place.is_dir() and not place.name.startswith("."):
+            found, problems = scan(place, IMAGE_FILES)
+            for problem in problems:
+                raise UserError(problem)
+            files[place.name] = list(found.values())
     if not files or set(files) == {"images", "masks"}:    # those are of segmentation
         raise UserError(f"{shown(folder)}: no class folders here; {contents(folder)}")
     return files
@@ -1385,25 +1288,18 @@ def validation_files(folder, classes):
 
     classes: those of train/, which must be the same.
     """
-    annotations = folder / "val_annotations.txt"
-    if annotations.is_file() and (folder / "images").is_dir():
-        files = {}
-        try:
-            for line in annotations.read_text("utf-8").splitlines():
-                if line.strip():
-                    name, label, *_ = line.split("\t")
-                    files.setdefault(label, []).append(folder / "images" / name)
-        except (OSError, ValueError):
-            raise UserError(f"{shown(annotations)}: cannot be read; each line is FILE, a tab, "
-                            "CLASS") from None
+    annotations, files = folder / "val_annotations.txt", {}
+    if annotations.exists():
+        for line in read_text(annotations, str.splitlines):
+            if line.strip():
+                name, label, *_ = [*line.split("\t"), ""]
+                files.setdefault(label, []).append(folder / "images" / name)
     else:
         files = class_folders(folder)
-        if list(files) == ["images"]:
-            raise UserError(f"{shown(annotations)}: no such file; Tiny-ImageNet's flat val/images "
-                            "needs it for the classes")
     for name in sorted(files.keys() ^ set(classes)):
         raise UserError(f"{shown(folder)}: class {shown(name)} is in one of train/ and val/ only; "
-                        "both need the same classes")
+                        "both need the same classes, as folders or in val/val_annotations.txt "
+                        "(each line: FILE, a tab, CLASS)")
     return files
 
 
@@ -1440,6 +1336,10 @@ def mixup_cutmix(images, labels, num_classes, seed, mixup=0.8, cutmix=1.0, smoot
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
+GAP, LINE = 8, 22                                                          # of a contact sheet
+INKS = "#1f5fbf", "#d0442f", "#2f8f4f", "#8a4fb0", "#b07800", "#555555"    # of a plot's series
+
+
 def distinct_colors(count):
     """(count, 3) uint8: each as far as possible from those before it and from black (ignored).
 
@@ -1470,9 +1370,8 @@ def fitted(picture, side=320):
     """An image (H, W, 3) or labels (H, W), uint8, scaled to a longer side of `side` pixels."""
     picture = Image.fromarray(np.asarray(picture))
     size = [max(1, round(n * side / max(picture.size))) for n in picture.size]
-    smooth = picture.mode == "RGB"
-    how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    return np.array(picture.resize(size, how, reducing_gap=3.0 if smooth else None))
+    how = Image.Resampling.BICUBIC if picture.mode == "RGB" else Image.Resampling.NEAREST
+    return np.array(picture.resize(size, how, reducing_gap=3.0))
 
 
 def contact_sheet(rows, path, titles=(), classes=(), colors=(), side=320):
@@ -1481,52 +1380,42 @@ def contact_sheet(rows, path, titles=(), classes=(), colors=(), side=320):
     titles: for each row, or for the first one only, texts above its pictures.
     classes, colors: the legend's; where the pictures are labels, those that occur in them.
     """
-    gap, line, font = 8, 22, ImageFont.load_default(14)
     rows = [[fitted(picture, side) for picture in row] for row in rows]
-    seen, known = [np.unique(p) for p in sum(rows, []) if p.ndim == 2], range(len(classes))
-    if seen:
-        known = [k for k in known if k in np.concatenate(seen)]
-    columns = itertools.zip_longest(*rows, fillvalue=np.empty((0, 0)))
-    widths = [max(picture.shape[1] for picture in column) for column in columns]
-    starts = np.cumsum([gap] + [width + gap for width in widths])
+    pictures, font = sum(rows, []), ImageFont.load_default(14)
+    column = max(picture.shape[1] for picture in pictures) + GAP
+    width = max(200, GAP + column * max(len(row) for row in rows))
     strips = []
     for row, texts in itertools.zip_longest(rows, titles, fillvalue=()):
-        top = line if texts else 0
-        height = top + max(picture.shape[0] for picture in row) + gap
-        strip = Image.new("RGB", (max(200, starts[-1]), height), "white")
-        for x, text, width in zip(starts, texts, widths):
-            ImageDraw.Draw(strip).text((x, 2), drawable(text, font, width), "black", font)
-        for x, picture in zip(starts, row):
+        top = LINE if texts else GAP
+        strip = Image.new("RGB", (width, top + max(len(picture) for picture in row)), "white")
+        for k, text in enumerate(texts):
+            text = drawable(text, font, column - GAP)
+            ImageDraw.Draw(strip).text((GAP + k * column, 2), text, "black", font)
+        for k, picture in enumerate(row):
             if picture.ndim == 2:
                 picture = colorize(picture, colors)
-            strip.paste(Image.fromarray(picture), (x, top))
+            strip.paste(Image.fromarray(picture), (GAP + k * column, top))
         strips.append(strip)
-    if classes:
-        strips.append(legend([classes[k] for k in known], [colors[k] for k in known], strip.width))
-    sheet = Image.new("RGB", (strip.width, gap + sum(strip.height for strip in strips)), "white")
-    y = gap
-    for strip in strips:
-        sheet.paste(strip, (0, y))
-        y += strip.height
-    sheet.save(path, "PNG")
+    if len(colors):
+        labels = [picture.ravel() for picture in pictures if picture.ndim == 2]
+        seen = np.unique(np.concatenate(labels)) if labels else range(len(classes))
+        known = [k for k in seen if k < len(classes)]
+        strips.append(legend([classes[k] for k in known], [colors[k] for k in known], width))
+    Image.fromarray(np.concatenate(strips)).save(path, "PNG")
 
 
 def legend(classes, colors, width):
     """Class names beside their colours, and "ignored" beside black -> Pillow image of a width."""
     names, colors = [*classes, "ignored"], [*colors, (0, 0, 0)]
-    gap, line, font = 8, 22, ImageFont.load_default(14)
-    columns = max(1, (width - gap) // 190)
-    step = (width - gap) // columns
-    sheet = Image.new("RGB", (width, line * math.ceil(len(names) / columns) + gap), "white")
+    columns, font = width // 190, ImageFont.load_default(14)
+    step = width // columns
+    sheet = Image.new("RGB", (width, LINE * math.ceil(len(names) / columns) + 2 * GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for k, (name, color) in enumerate(zip(names, colors)):
-        x, y = gap + k % columns * step, k // columns * line
+        x, y = GAP + k % columns * step, GAP + k // columns * LINE
         draw.rectangle((x, y + 3, x + 22, y + 18), tuple(int(c) for c in color), "black")
-        draw.text((x + 28, y + 2), drawable(name, font, step - 34), "black", font)
+        draw.text((x + 28, y + 2), drawable(name, font, step - 40), "black", font)
     return sheet
-
-
-INKS = "#1f5fbf", "#d0442f", "#2f8f4f", "#8a4fb0", "#b07800", "#555555"    # of a plot's series
 
 
 def drawable(text, font, width):
@@ -1560,8 +1449,8 @@ def plot(path, series, x_label, y_label, lines=True):
     xs, ys = (ticks(v.min(), v.max()) for v in values.T)
 
     def place(x, y):
-        return (left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left),
-                bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top))
+        return (np.interp(x, (xs[0], xs[-1]), (left, right)),
+                np.interp(y, (ys[0], ys[-1]), (bottom, top)))
 
     for x in xs:
         at, _ = place(x, ys[0])
@@ -1613,87 +1502,78 @@ def draw_curves(path, rows, metric):
 
 # ---- python data.py: check a data set ------------------------------------------------------------
 
-def survey(title, count, measure):
-    """Call measure(i) -> (width, height, ...) for every i, and print the number and the sizes.
-
-    In threads, as Pillow frees the interpreter while it decodes. -> what measure returned for the
-    good ones, the messages of the others
-    """
-    def attempt(index):
-        try:
-            return measure(index)
-        except UserError as error:
-            return str(error)
-    with ThreadPoolExecutor() as pool:
-        results = list(tqdm(pool.map(attempt, range(count)), title, total=count, disable=None))
-    good = [result for result in results if not isinstance(result, str)]
-    print(f"{title}: {count} images, {len(good)} of them good")
-    for side, name in enumerate(("width", "height") if good else ()):
-        values = [result[side] for result in good]
-        print(f"  {name:6} min {min(values)}, median {np.median(values):.0f}, max {max(values)}")
-    return good, [result for result in results if isinstance(result, str)]
-
-
 def some(items, count):
     """At most count of the items, evenly spread."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
-def check_segmentation(datasets):
-    """Read every image and mask and print what they hold. datasets: {split: dataset}.
+def open_splits(root, zero_is_class):
+    """{split: dataset} of a folder, of masks or of classes; of the embedded data without one.
 
-    -> messages on bad files, notes on odd labels, arguments of contact_sheet
+    Prints the layout and the label rule of a folder of masks.
     """
-    problems, notes, rows = [], [], []
-    for split, dataset in datasets.items():
-        def measure(index):
-            image, labels, _ = dataset[index]
-            counts = np.bincount(labels.flatten(), minlength=256)
-            return image.shape[2], image.shape[1], index, counts
+    splits = [split for split in ("train", "val") if root and (root / split).is_dir()]
+    has_classes = "train" in splits and not (root / "train/images").is_dir()
+    if zero_is_class and (has_classes or not root):
+        raise UserError("--zero-is-class: no effect without a folder of masks; leave it out")
+    if not root:
+        return {split: Shapes(split) for split in ("train", "val")}
+    if has_classes:
+        datasets = {split: TinyImageNet(root, split) for split in splits}
+        for dataset in datasets.values():
+            dataset.transform = v2.PILToTensor()    # the images as they are stored
+        return datasets
+    layout, datasets, classes = LAYOUTS[find_layout(root)], {}, None
+    for split, name in zip(("train", "val"), layout.splits):
+        if (root / layout.images.format(name)).parent.is_dir():
+            dataset = FolderSegmentation(root, split, zero_is_class=zero_is_class, strict=False,
+                                         classes=classes)
+            datasets[split], classes = dataset, dataset.classes
+    print(f"layout: {dataset.layout} ({layout.images}, {layout.masks}); {dataset.rule}")
+    return datasets
 
-        good, bad = survey(split, len(dataset), measure)
-        problems += dataset.problems + bad
-        if not good:
-            continue
-        counts = np.stack([result[3] for result in good])
-        print("  id in masks  class  pixels %  images")
-        for k, name in [*enumerate(dataset.classes), (IGNORED, "(ignored)")]:
-            share, images = 100 * counts[:, k].sum() / counts.sum(), (counts[:, k] > 0).sum()
-            ids, label = ("", "") if k == IGNORED else (dataset.stored_ids(k), k)
-            print(f"  {ids:>11} {label:>6} {share:9.3f} {images:7}  {shown(name)}")
+
+def check(split, dataset):
+    """Read every item of a split and print what they hold.
+
+    -> messages on bad files, notes on odd labels, indices of the good items
+    """
+    def measure(index):
         try:
-            notes += dataset.judge(counts.sum(0))
+            image, labels, *_ = dataset[index]
         except UserError as error:
-            problems.append(str(error))
-        cells = []
-        for _, _, index, _ in some(good, 6):
-            image, labels, _ = dataset[index]
-            cells.append([fitted(image.permute(1, 2, 0)), fitted(labels)])
-        rows += [sum(cells[i:i + 2], []) for i in range(0, len(cells), 2)]
-    titles = [["image", "labels"] * (max(map(len, rows), default=0) // 2)]
-    return problems, notes, (rows, titles, dataset.classes, dataset.colors)
+            return str(error)
+        return *image.shape[:0:-1], index, np.bincount(np.ravel(labels), minlength=256)
 
-
-def check_classification(root):
-    """As check_segmentation, for a tree of class folders."""
-    problems, rows, titles = [], [], []
-    for split in [split for split in ("train", "val") if (root / split).is_dir()]:
-        dataset = TinyImageNet(root, split)
-
-        def measure(index):
-            with opened(dataset.paths[index][0]) as image:
-                image.load()
-                return *image.size, index
-        good, bad = survey(split, len(dataset), measure)
-        problems += bad
+    with ThreadPoolExecutor() as pool:    # Pillow frees the interpreter while it decodes
+        results = pool.map(measure, range(len(dataset)))
+        results = list(tqdm(results, split, len(dataset), disable=None))
+    problems = dataset.problems + [result for result in results if isinstance(result, str)]
+    good = [result for result in results if not isinstance(result, str)]
+    print(f"{split}: {len(dataset)} images, {len(good)} of them good")
+    if not good:
+        return problems, [], []
+    widths, heights, indices, counts = zip(*good)
+    for name, values in (("width", widths), ("height", heights)):
+        print(f"  {name:6} min {min(values)}, median {np.median(values):.0f}, max {max(values)}")
+    if isinstance(dataset, TinyImageNet):
         sizes = np.bincount([label for _, label in dataset.paths])
         print(f"  {dataset.num_classes} classes of {sizes.min()} to {sizes.max()} images")
-        shown_here = [dataset.paths[result[2]] for result in some(good, 24)]
-        for start in range(0, len(shown_here), 8):
-            row = shown_here[start:start + 8]
-            rows.append([fitted(Image.open(path).convert("RGB"), 160) for path, _ in row])
-            titles.append([dataset.classes[label] for _, label in row])
-    return problems, [], (rows, titles, (), (), 160)
+        return problems, [], indices
+    print_labels(dataset, np.stack(counts))
+    try:
+        return problems, dataset.judge(sum(counts)), indices
+    except UserError as error:
+        return [*problems, str(error)], [], indices
+
+
+def print_labels(dataset, counts):
+    """The classes, their ids in the masks and their shares. counts: pixels (images, 256)"""
+    print("  id in masks  class  pixels %  images")
+    for k, name in [*enumerate(dataset.classes), (IGNORED, "(ignored)")]:
+        share, images = 100 * counts[:, k].sum() / counts.sum(), (counts[:, k] > 0).sum()
+        ids, label = ("", "") if k == IGNORED else (dataset.stored_ids(k), k)
+        print(f"  {ids:>11} {label:>6} {share:9.3f} {images:7}  {shown(name)}")
 
 
 def main(argv=None):
@@ -1704,42 +1584,32 @@ def main(argv=None):
     add("--zero-is-class", action="store_true", help="id 0 of a mask is a class, not 'unlabelled'")
     add("--out", default="sheet.png", help="where the contact sheet goes (default: %(default)s)")
     args = parser.parse_args(argv)
-    train = args.path and args.path / "train"
-    if args.path is None:
-        if args.zero_is_class:
-            raise UserError("--zero-is-class: no effect without PATH; leave it out")
-        problems, notes, sheet = check_segmentation({s: Shapes(s) for s in ("train", "val")})
-    elif train.is_dir() and not (train / "images").is_dir():
-        if args.zero_is_class:
-            raise UserError(f"--zero-is-class: {shown(args.path)} has class folders, and no masks")
-        problems, notes, sheet = check_classification(args.path)
-    else:
-        problems, notes, sheet = check_segmentation(folder_splits(args.path, args.zero_is_class))
+    problems, notes, pictures, titles = [], [], [], []
+    for split, dataset in open_splits(args.path, args.zero_is_class).items():
+        bad, odd, indices = check(split, dataset)
+        problems += bad
+        notes += odd
+        for index in some(indices, 4):
+            image, label, *_ = dataset[index]
+            pictures.append(fitted(image.permute(1, 2, 0)))
+            if isinstance(label, int):
+                titles.append(dataset.classes[label])
+            else:
+                pictures.append(fitted(label))
+                titles += ["image", "labels"]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     for note in notes:
         print(f"note: {note}")
-    if sheet[0]:
+    if pictures:
+        starts = range(0, len(pictures), 4)
         with writing("--out", args.out):
-            contact_sheet(sheet[0], args.out, *sheet[1:])
+            contact_sheet([pictures[k:k + 4] for k in starts], args.out,
+                          [titles[k:k + 4] for k in starts], dataset.classes,
+                          getattr(dataset, "colors", ()))
     if problems:
         raise UserError(f"{shown(args.path)}: faults: {len(problems)}, listed above")
     print(f"every file is good; some of them are drawn in {args.out}")
-
-
-def folder_splits(root, zero_is_class):
-    """{split: dataset} of the splits that a folder has; prints its layout and its label rule."""
-    layout, datasets, classes = LAYOUTS[find_layout(root)], {}, None
-    for split, name in zip(("train", "val"), layout.splits):
-        if (root / layout.images.format(name)).parent.is_dir():
-            datasets[split] = FolderSegmentation(root, split, zero_is_class=zero_is_class,
-                                                 strict=False, classes=classes)
-            classes = datasets[split].classes
-    if not datasets:
-        FolderSegmentation(root, "train")    # says what is there instead
-    dataset = next(iter(datasets.values()))
-    print(f"layout: {dataset.layout} ({layout.images}, {layout.masks}); {dataset.rule}")
-    return datasets
 
 
 if __name__ == "__main__":
