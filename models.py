@@ -25,7 +25,6 @@ import os
 import pathlib
 import re
 import socket
-import stat
 import textwrap
 import zipfile
 from collections import Counter
@@ -553,6 +552,7 @@ def write_file(path, parts):
     """Write bytes; a reader, or a crash, sees the old file or the whole new one, never a part."""
     path, part = pathlib.Path(path), pathlib.Path(f"{path}.part")
     try:
+        path.parent.mkdir(exist_ok=True)
         with open(part, "wb") as file:
             file.writelines(parts)
             file.flush()
@@ -573,16 +573,11 @@ def write_file(path, parts):
 
 def map_file(path):
     """A regular file's bytes, mapped from the disk. UserError for others: they may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: not a regular file, and nothing else is read")
     try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise UserError(f"{path}: a folder, not a checkpoint file")
-        if not stat.S_ISREG(mode):
-            raise UserError(f"{path}: not a regular file, and nothing else is read")
         with open(path, "rb") as file:
             raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if file.read(1) else b""
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})")
     if raw[:23] == b"version https://git-lfs":
@@ -608,19 +603,17 @@ def read_checkpoint(path):
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})")
     except Exception as error:      # torch.load reports a broken file by nearly any other exception
-        reason = "not a readable checkpoint (truncated, damaged or another format)"
-        if "weights_only" in str(error) and "Unsupported operand" not in str(error):
-            kind = re.search(r"GLOBAL (\S+)", str(error))
-            reason = (f"asks for {kind[1] if kind else 'Python code'}, which could run anything; "
-                      "refused. If you trust it, save its state_dict() alone")
-        raise UserError(f"{path}: {reason}")
-    for tensor in (part for _, part in walk(checkpoint) if isinstance(part, torch.Tensor)):
-        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not plain or tensor.is_nested or tensor.is_quantized:
-            raise UserError(f"{path}: a tensor that is sparse, quantised or without numbers")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UserError(f"{path}: a tensor of shape {tuple(tensor.shape)} claims more elements "
-                            "than the file holds")
+        if kind := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(f"{path}: asks for {kind[1]}, which could run anything; refused. If "
+                            "you trust it, save its state_dict() alone")
+        raise UserError(f"{path}: not a readable checkpoint (truncated, damaged or another format)")
+    for _, part in walk(checkpoint):
+        if isinstance(part, torch.Tensor):
+            plain = part.layout == torch.strided and part.device.type == "cpu"
+            plain = plain and not part.is_nested and not part.is_quantized
+            if not plain or part.nbytes > part.untyped_storage().nbytes():
+                raise UserError(f"{path}: holds a tensor that is sparse, quantised or larger than "
+                                "the file")
     return checkpoint
 
 
@@ -628,8 +621,6 @@ def check_archive(path):
     """UserError unless a zip archive holds what it claims; torch.load looks at no check sum."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-            raise UserError(f"{path}: a TorchScript program; save its state_dict() instead")
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         if packed or sum(entry.file_size for entry in entries) > os.path.getsize(path):
             raise UserError(f"{path}: compressed or overlapping parts, as torch.save writes none")
@@ -676,43 +667,33 @@ def write_safetensors(path, state):
 def read_safetensors(path):
     """Read a .safetensors file (8 bytes length, a JSON header, raw tensors) -> {name: tensor},
     mapped from the disk, after each number of the header is checked. Errors: UserError."""
-    def check(good, reason):
-        if not good:
-            raise UserError(f"{path}: not a valid safetensors file ({reason})")
-
     raw = map_file(path)
-    total, length = len(raw), int.from_bytes(raw[:8], "little")
-    check(total >= 8 and length <= min(total - 8, 100_000_000),         # the format's own limit
-          f"it has {total} bytes and claims a header of {length}")
-    start = 8 + length
-    try:
-        header = json.loads(raw[8:start].decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError):
-        check(False, "its header is not JSON with each name once")
-    check(isinstance(header, dict), "its header is not a table")
-    metadata = header.pop("__metadata__", {})
-    check(isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()),
-          "its metadata are not texts")
+    start = 8 + int.from_bytes(raw[:8], "little")
     tensors, end = {}, 0
     try:
+        if start > min(len(raw), 100_000_000):      # the format's own limit
+            raise ValueError(f"it has {len(raw)} bytes and claims a header of {start - 8}")
+        header = json.loads(raw[8:start].decode("utf-8"), object_pairs_hook=unique)
+        if not all(isinstance(text, str) for text in header.pop("__metadata__", {}).values()):
+            raise ValueError("its metadata are not texts")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
             shape, dtype = entry["shape"], SAFETENSORS[entry["dtype"]]
-            numbers = [*shape, first, last]
-            check(len(numbers) <= 32 and all(type(n) is int and 0 <= n <= total for n in numbers),
-                  f"{name}: a size or offset is out of range")
+            if not all(type(n) is int and 0 <= n <= len(raw) for n in [*shape, first, last]):
+                raise ValueError(f"{name}: a size or offset is out of range")
             size = math.prod(shape)
-            check(first == end and last - first == size * dtype.itemsize and start + last <= total,
-                  f"{name}: its bytes {first}:{last} overlap, leave a hole, or do not fit its "
-                  f"shape {shape} or the file")
+            if first != end or last - first != size * dtype.itemsize or start + last > len(raw):
+                raise ValueError(f"{name}: its bytes {first}:{last} overlap, leave a hole, or do "
+                                 f"not fit its shape {shape} or the file")
             end = last
             tensors[name] = torch.empty(shape, dtype=dtype)
             if size:
                 tensors[name] = torch.frombuffer(raw, dtype=dtype, count=size,
                                                  offset=start + first).view(shape)
-    except (KeyError, TypeError, ValueError):
-        check(False, "an entry lacks a known dtype, a shape or two offsets")
-    check(start + end == total, f"{total - start - end} bytes behind the last tensor")
+        if start + end != len(raw):
+            raise ValueError(f"{len(raw) - start - end} bytes behind the last tensor")
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a valid safetensors file ({error})")
     return tensors
 
 
@@ -720,7 +701,7 @@ def unique(pairs):
     """A JSON object's (name, value) pairs -> dict; ValueError where a name occurs twice."""
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise ValueError
+        raise ValueError("a name occurs twice")
     return table
 
 
@@ -769,8 +750,8 @@ def find_state(output, resume, settings):
         path = path / "last.pt" if path.is_dir() else path
     state = read_checkpoint(path)
     kinds = dict(model=dict, optimizer=dict, scaler=dict, args=dict, rows=list, best=dict)
-    found = state if isinstance(state, dict) else {}
-    if not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind)
+                                              for key, kind in kinds.items()):
         raise UserError(f"{path}: not the last.pt of a run, and only that can be continued; "
                         "--pretrain takes weights")
     theirs = state["args"]
@@ -784,10 +765,7 @@ def find_state(output, resume, settings):
         for name in ("best.pt", "samples.png", "last.pt"):
             if (file := path.with_name(name)).exists():
                 write_file(output / name, [file.read_bytes()])
-    try:
-        write_log(output, state["rows"])
-    except TypeError:
-        raise UserError(f"{path}: its rows of the log are damaged")
+    write_log(output, state["rows"])
     return state
 
 
@@ -951,25 +929,20 @@ def describe(model):
 def restore(checkpoint):
     """The model of a training script's checkpoint, with its weights (the moving average's, where
     there is one) and what it knows of its data, see `know`. Errors: UserError."""
-    if not isinstance(checkpoint, dict) or not {"spec", "model"} <= checkpoint.keys():
-        raise UserError("not a checkpoint of train_seg.py or train_cls.py; public weights go to "
-                        "--pretrain together with --model")
-    weights = checkpoint.get("ema") or checkpoint["model"]
     try:
-        d = checkpoint["spec"]
+        weights, d = checkpoint.get("ema") or checkpoint["model"], checkpoint["spec"]
+        make = partial(build, d["name"], d["task"], d["num_classes"], **d["slots"])
         with torch.device("meta"):      # the sizes are compared before any memory is taken
-            targets = build(d["name"], d["task"], d["num_classes"], **d["slots"]).state_dict()
-        names = weights.keys() | targets.keys()
-    except (AttributeError, KeyError, RuntimeError, TypeError):
-        raise UserError("its description of the model is not one of train_seg.py or train_cls.py; "
-                        "load its weights by --pretrain together with --model")
-    for name in names:
-        shapes = [getattr(table.get(name), "shape", None) for table in (weights, targets)]
-        if shapes[0] is None or shapes[0] != shapes[1]:
-            raise UserError(f"the checkpoint's weights do not fit its own model {d['name']}: "
-                            f"{name} is {shapes[0]}, expected {shapes[1]}")
-        check_numbers(name, weights[name], targets[name])
-    model = build(d["name"], d["task"], d["num_classes"], **d["slots"])
+            targets = make()
+            targets.load_state_dict(weights)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().rpartition("\n")[2].strip()
+        raise UserError("not the description of a model and weights that fit it, as train_seg.py "
+                        f"and train_cls.py write them ({type(error).__name__}: {reason[:200]}); "
+                        "weights alone go to --pretrain together with --model")
+    for name, target in targets.state_dict().items():
+        check_numbers(name, weights[name], target)
+    model = make()
     model.load_state_dict(weights)
     return know(model, checkpoint)
 
@@ -987,22 +960,17 @@ def know(model, checkpoint):
     """Give a model what its checkpoint says of its data: classes (K names), colors ((K, 3) uint8 or
     None), size (of the short side in training, or None), first_id (of class 0 in masks); and args,
     the flags of its training."""
-    args, classes = checkpoint.get("args", {}), checkpoint.get("classes")
-    colors, first_id = checkpoint.get("colors"), checkpoint.get("first_id")
-    model.classes = classes or [f"class {k}" for k in range(model.num_classes)]
-    model.args, model.colors = args, None
+    model.classes = checkpoint.get("classes") or [f"class {k}" for k in range(model.num_classes)]
+    model.colors, model.args = checkpoint.get("colors"), checkpoint.get("args", {})
     try:
-        model.size = args.get("crop") or args.get("image_size")
-        model.first_id = first_id
-        if first_id is None:        # an older file; the embedded shapes have no path, count from 0
-            from_zero = args.get("zero_is_class") or args.get("data_path", "") is None
-            model.first_id = 0 if from_zero else 1
-        if colors is not None:
-            model.colors = torch.tensor(colors, dtype=torch.uint8).view(-1, 3).numpy()
+        model.size = model.args.get("crop") or model.args.get("image_size")
+        model.first_id = checkpoint.get("first_id", 0 if model.args.get("zero_is_class") else 1)
+        if model.colors is not None:
+            colors = torch.tensor(model.colors, dtype=torch.uint8)
+            model.colors = colors.view(model.num_classes, 3).numpy()
         good = (isinstance(model.classes, list) and len(model.classes) == model.num_classes
                 and all(isinstance(name, str) and len(name) < 1000 for name in model.classes)
-                and (model.size is None or type(model.size) is int and 0 < model.size < 20_000)
-                and (colors is None or len(model.colors) == model.num_classes)
+                and (model.size is None or model.size in range(1, 20_000))
                 and model.first_id in (0, 1))
     except (AttributeError, RuntimeError, TypeError, ValueError):
         good = False
@@ -1027,12 +995,11 @@ def load(path, device="cpu", fused=True):
 # ---- Appendix: public weights. Tables of names, ours on the left and theirs on the right ---------
 
 # A row is "ours theirs", modules or tensors; a last part (.weight, .bias, ...) is the same in both.
-# In ours: {i} stage, {j} block or other position, {n} any number, {a|b} one of these words; before
-# a name without "head." stands "encoder.stages.". In theirs: the same, {c|d} the word in the place
-# of ours or {x} the very same, and {h} = i - 1, {I} = i + 1, {II} = i + 2, {E} = 2i, {O} = 2i + 1,
-# {J2} = 2j, {R} = 8, 4, 2, {k}: position of the block over all stages (without j: of the stage's
-# first), {a+b}: two tensors that we hold as one, stacked along the first axis. The first row that
-# fits counts. Worked: by
+# In ours: {i} stage, {j} block or other position, {a|b} one of these words; before a name without
+# "head." stands "encoder.stages.". In theirs: the same, {c|d} the word in the place of ours or {x}
+# the very same, c+d two tensors that we hold as one, stacked along the first axis; and {h} = i - 1,
+# {I} = i + 1, {II} = i + 2, {E} = 2i, {O} = 2i + 1, {J2} = 2j, {R} = 8, 4, 2, {k} the position of
+# the block over all stages (without j: of the stage's first). The first row that fits counts. By
 #     {i}.blocks.{j}.{attn|ffn}.norm    block{I}.{j}.{norm1|norm2}
 # our encoder.stages.2.blocks.0.ffn.norm.weight is their block3.0.norm2.weight.
 MIT = """
@@ -1045,14 +1012,15 @@ MIT = """
 HF_SEGFORMER = """
     {i}.embed.{conv|norm}               patch_embeddings.{i}.{proj|layer_norm}
     {i}.blocks.{j}.{attn|ffn}.norm      block.{i}.{j}.{layer_norm_1|layer_norm_2}
-    {i}.blocks.{j}.attn.branch.kv       block.{i}.{j}.attention.self.{key+value}
+    {i}.blocks.{j}.attn.branch.{q|kv}   block.{i}.{j}.attention.self.{query|key+value}
+    {i}.blocks.{j}.attn.branch.{sr|norm} block.{i}.{j}.attention.self.{sr|layer_norm}
     {i}.blocks.{j}.attn.branch.proj     block.{i}.{j}.attention.output.dense
-    {i}.blocks.{j}.attn.branch.{q|sr|norm} block.{i}.{j}.attention.self.{query|sr|layer_norm}
     {i}.blocks.{j}.ffn.branch.{fc1|dwconv|fc2} block.{i}.{j}.mlp.{dense1|dwconv.dwconv|dense2}
     {i}.norm                            layer_norm.{i}
 """
 LITE = """
-    {i}.blocks.{j}.{attn|ffn}.norm{n}           block.{i}.{j}.{layer_norm_1|layer_norm_2}{n}
+    {i}.blocks.{j}.attn.{norm1|norm2}           block.{i}.{j}.{layer_norm_11|layer_norm_12}
+    {i}.blocks.{j}.ffn.{norm1|norm2}            block.{i}.{j}.{layer_norm_21|layer_norm_22}
     {i}.blocks.{j}.attn.branch.{kv|reprojection} block.{i}.{j}.attention.self.{x}
     {i}.blocks.{j}.attn.branch.{queries|keys|values} block.{i}.{j}.attention.self.{query|key|value}
     {i}.blocks.{j}.ffn.branch.fc1.{conv|norm}   block.{i}.{j}.mlp.{conv1|batch_norm1}
@@ -1066,11 +1034,12 @@ MSCAN = """
     {i}.blocks.{j}.{attn|ffn}.scale             block{I}.{j}.{layer_scale_1|layer_scale_2}
     {i}.blocks.{j}.attn.branch.{proj_1|proj_2}  block{I}.{j}.attn.{x}
     {i}.blocks.{j}.attn.branch.{local|mix}      block{I}.{j}.attn.spatial_gating_unit.{conv0|conv3}
-    {i}.blocks.{j}.attn.branch.strips.{n}.{0|1} block{I}.{j}.attn.spatial_gating_unit.conv{n}_{1|2}
+    {i}.blocks.{j}.attn.branch.strips.{0|1|2}.0 block{I}.{j}.attn.spatial_gating_unit.conv{x}_1
+    {i}.blocks.{j}.attn.branch.strips.{0|1|2}.1 block{I}.{j}.attn.spatial_gating_unit.conv{x}_2
 """ + MIT
 NEXT_VIT = """
     0.embed.4.{conv|norm}                       features.{k}.patch_embed.{x}
-    0.embed.{n}.{conv|norm}                     stem.{n}.{x}
+    0.embed.{j}.{conv|norm}                     stem.{j}.{x}
     {i}.embed.1.{conv|norm}                     features.{k}.patch_embed.{x}
     {i}.blocks.{j}.patch_embed.0.{conv|norm}    features.{k}.patch_embed.{x}
     {i}.blocks.{j}.mhca.group_conv.{conv|norm}  features.{k}.mhca.{group_conv3x3|norm}
@@ -1109,8 +1078,6 @@ SWIN_TIMM = (("layers.{h}", "layers.{i}"),)
 SWIN_TORCHVISION = (("patch_embed.{proj|norm}", "features.0.{0|2}"), ("mlp.{fc1|fc2}", "mlp.{0|3}"),
                     ("layers.{h}.downsample", "features.{E}"),
                     ("layers.{i}.blocks", "features.{O}"))
-SWIN_MMSEG = (("patch_embed.{proj|", "patch_embed.{projection|"), ("layers", "stages"),
-              ("attn", "attn.w_msa"), ("mlp.{fc1|fc2}", "ffn.layers.{0.0|1}"))
 DEST_SEG = (("norm1", "bn1"), ("norm2", "bn2"), ("norm", "bn1"))
 MMSEG_HEADS = {     # also of the authors' own releases, most of which are built on mmsegmentation
     "mlp": """
@@ -1162,64 +1129,51 @@ class Format:
 
     keys: the encoder's rows; heads: rows for each word of --head and for "cls", which go first;
     prefix: of the encoder's names, where the head's have none; dialect: changes of theirs in keys;
-    rows: the names of the models that it is for; dead: names that the files carry and no forward
-    pass uses; fresh: ours that such files never have; linear: our 1x1 convolutions that are Linear
-    layers there (conv1d: Conv1d); unfold: ours whose channels they have in nn.Unfold's order."""
+    dead: names that the files carry and no forward pass uses; linear: our 1x1 convolutions that are
+    Linear layers there (conv1d: Conv1d)."""
     name: str
     keys: str | None = None
     heads: dict = field(default_factory=dict)
     prefix: str = ""
     dialect: tuple = ()
-    rows: str = ""
     dead: str = r"$^"
-    fresh: str = r"$^"
     linear: str = r"\.(q|kv|proj|fc1|fc2|qkv|reduction|projections\.\d|low_level)$"
     conv1d: bool = False
-    unfold: str = r"$^"
 
     def names(self, model):
         """{our name of a tensor: the list of theirs, stacked} for what this format has."""
         if self.keys is None:
             return {key: [key] for key in model.state_dict()}
         head = self.heads.get("cls" if model.task == "cls" else model.spec.head, "")
-        rows = key_rows(head) + key_rows(self.keys, self.dialect)
         depths = SIZES[model.spec.size].depths
+        known = {}
+        for ours, theirs in key_rows(head) + key_rows(self.keys, self.dialect):
+            prefix = self.prefix if ours.startswith("encoder.") else ""
+            for i, depth in enumerate(depths):
+                for j in range(max(depth, 4)):          # a head and a stem have their positions too
+                    n = {"i": i, "j": j, "h": i - 1, "I": i + 1, "II": i + 2, "E": 2 * i,
+                         "O": 2 * i + 1, "J2": 2 * j, "k": sum(depths[:i]) + j, "R": 8 >> i}
+                    known.setdefault(ours.format(**n), [prefix + t.format(**n) for t in theirs])
         names = {}
         for key in model.state_dict():
-            for ours, theirs, words in rows:
-                if match := ours.match(key):
-                    n = {"i": 0, "j": 0}
-                    for name, value in match.groupdict().items():
-                        n[name] = words[value] if name == "x" else int(value)
-                    i, j = n["i"], n["j"]
-                    n |= {"h": i - 1, "I": i + 1, "II": i + 2, "E": 2 * i, "O": 2 * i + 1,
-                          "J2": 2 * j, "k": sum(depths[:i]) + j, "R": 8 >> i}
-                    prefix = self.prefix if key.startswith("encoder.") else ""
-                    end = key[match.end():]
-                    names[key] = [prefix + part.format(**n) + end for part in theirs]
-                    break
+            module, _, end = key.rpartition(".")
+            if key in known:
+                names[key] = known[key]
+            elif module in known:
+                names[key] = [f"{name}.{end}" for name in known[module]]
         return names
-
-    def read(self, key, tensors):
-        """Their tensors -> ours, up to axes of size 1."""
-        value = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        if re.search(self.unfold, key):             # (C, row, column) -> (column, row, C)
-            value = value.reshape(*value.shape[:-1], -1, 2, 2).transpose(-3, -1).flatten(-3)
-        return value
 
     def write(self, key, value, count):
         """Our tensor -> `count` of theirs."""
         if re.search(self.linear, key.removesuffix(".weight")) and value.shape[2:] == (1, 1):
             value = value.flatten(2) if self.conv1d else value.flatten(1)
-        if re.search(self.unfold, key):
-            value = value.reshape(*value.shape[:-1], 2, 2, -1).transpose(-3, -1).flatten(-3)
         parts = value.chunk(count) if count > 1 else [value]
         return [part.contiguous() for part in parts]
 
 
 @lru_cache
 def key_rows(table, dialect=()):
-    """The rows of a key map: (pattern of our name, list of their parts, {our word: theirs})."""
+    """The rows of a key map, one for each of their words: [(our name, list of theirs)]."""
     rows, choice = [], re.compile(r"{([^{}]*\|[^{}]*)}")
     for line in filter(str.strip, table.splitlines()):
         ours, theirs = line.split()
@@ -1227,62 +1181,46 @@ def key_rows(table, dialect=()):
             ours = "encoder.stages." + ours
         for old, new in dialect:
             theirs = theirs.replace(old, new)
-        words = {}
-        if match := choice.search(ours):
-            other = choice.search(theirs) or match
-            words = dict(zip(match[1].split("|"), other[1].split("|")))
-            theirs = theirs.replace(other[0], "{x}")
-        pattern = re.sub(r"{(\w+)}", r"(?P<\1>\\d+)", ours.replace(".", r"\."))   # {i}: a number
-        pattern = choice.sub(r"(?P<x>\1)", pattern)
-        parts = [theirs]
-        if both := re.search(r"{(\w+)\+(\w+)}", theirs):
-            parts = [theirs.replace(both[0], word) for word in both.groups()]
-        # what may follow: .weight, .running_mean, ..., or nothing
-        rows.append((re.compile(pattern + r"(?=(\.[a-z_]+)?$)"), parts, words))
+        words = choice.findall(ours) or [""]
+        others = choice.findall(theirs) or words
+        for word, other in zip(words[0].split("|"), others[0].split("|")):
+            parts = [choice.sub(part, theirs).replace("{x}", part) for part in other.split("+")]
+            rows.append((choice.sub(word, ours), parts))
     return rows
 
 
 CLS = {"cls": "head.fc head"}
 CLS_SWIN = {"cls": "3.norm norm\n head.fc head"}
 TIMM_STEM = "0.embed.conv patch_embed.proj\n 0.embed.norm patch_embed.norm"
-TASK_NORMS = r"encoder\.stages\.[012]\.norm\."      # Swin's and Next-ViT's: segmentation's alone
-MIT_ROWS = dict(rows="segformer|pvt_v2|lawin")
-MSCAN_KIND = dict(rows="segnext", linear=r"$^")
-NEXT_KIND = dict(rows="nextvit|lite_hybrid", linear=r"attn\.(q|k|v|proj)$")
-NEXT_CLS = NEXT_KIND | dict(fresh=TASK_NORMS, dead=r"extra_norm_list\.3\.|proj_head\.")
-NEXT_SEG = NEXT_KIND | dict(dead=r"backbone\.(extra_norm_list\.3|proj_head)\.")
-DEST_KIND = dict(rows="dest", linear=r"\.(q|k|proj|fc1\.conv|fc2)$", conv1d=True)
-# classification has one norm at the end, segmentation one on each map: neither file has the other's
-SWIN_INDEX = r".*\.(relative_position_index|attn_mask)$"
-SWIN_CLS = dict(rows="swin", fresh=r"encoder\.stages\.\d\.norm\.", dead=SWIN_INDEX + r"|norm\.")
-SWIN_SEG = dict(rows="swin", dead=SWIN_INDEX + r"|backbone\.norm[012]\.")
-UNFOLD = dict(unfold=r"stages\.[123]\.embed\.")
+TASK_NORMS = r"encoder\.stages\.\d\.norm\."     # Swin and Next-ViT: not the same for the two tasks
+MSCAN_KIND = dict(linear=r"$^")
+NEXT_KIND = dict(linear=r"attn\.(q|k|v|proj)$",
+                 dead=r"(backbone\.)?(extra_norm_list\.3|proj_head)\.")
+SWIN_KIND = dict(dead=r".*\.(relative_position_index|attn_mask)$|(backbone\.)?norm\d?\.")
+DEST_KIND = dict(linear=r"\.(q|k|proj|fc1\.conv|fc2)$", conv1d=True)
 HUB = "Hugging Face SegFormer"
 FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's share all names)
-    Format("own checkpoint", fresh=TASK_NORMS, dead=TASK_NORMS),
-    Format(HUB, HF_SEGFORMER, HF_HEADS, "segformer.encoder.", rows="segformer"),
-    Format("Hugging Face SegFormer encoder", HF_SEGFORMER, rows="segformer"),
-    Format("SegFormer / PVTv2 encoder", MIT, CLS, **MIT_ROWS),
+    Format("own checkpoint", dead=TASK_NORMS),
+    Format(HUB, HF_SEGFORMER, HF_HEADS, "segformer.encoder."),
+    Format("Hugging Face SegFormer encoder", HF_SEGFORMER),
+    Format("SegFormer / PVTv2 encoder", MIT, CLS),
     Format("SegFormer / PVTv2 / Lawin segmentor", MIT, MMSEG_HEADS, "backbone.",
-           dead=r"decode_head\.conv_seg\.", **MIT_ROWS),
-    Format("mmsegmentation SegFormer encoder", MIT, dialect=MIT_MMSEG, **MIT_ROWS),
-    Format("original project", LITE, LITE_HEADS, "segformer.encoder.", rows="lite|segformer",
+           dead=r"decode_head\.conv_seg\."),
+    Format("mmsegmentation SegFormer encoder", MIT, dialect=MIT_MMSEG),
+    Format("original project", LITE, LITE_HEADS, "segformer.encoder.",
            linear=r"\.(q|kv|proj|projections\.\d)$"),
-    Format("timm PVTv2", TIMM_STEM + MIT, CLS, dialect=PVT_V2_TIMM, rows="pvt_v2"),
+    Format("timm PVTv2", TIMM_STEM + MIT, CLS, dialect=PVT_V2_TIMM),
     Format("MSCAN encoder", MSCAN, CLS, **MSCAN_KIND),
     Format("SegNeXt segmentor", MSCAN, MMSEG_HEADS, "backbone.", **MSCAN_KIND),
     Format("mmsegmentation MSCAN encoder", MSCAN, CLS, dialect=MSCAN_MMSEG, **MSCAN_KIND),
     Format("mmsegmentation SegNeXt", MSCAN, MMSEG_HEADS, "backbone.", MSCAN_MMSEG, **MSCAN_KIND),
-    Format("Next-ViT encoder", NEXT_VIT, {"cls": "head.fc proj_head.0"}, **NEXT_CLS),
-    Format("Next-ViT segmentor", NEXT_VIT, MMSEG_HEADS, "backbone.", **NEXT_SEG),
-    Format("timm Next-ViT", NEXT_VIT, {"cls": "head.fc head.fc"}, "", NEXT_VIT_TIMM, **NEXT_CLS),
-    Format("Swin encoder", SWIN, CLS_SWIN, **SWIN_CLS),
-    Format("Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", **SWIN_SEG),
-    Format("timm Swin", SWIN, {"cls": "3.norm norm\n head.fc head.fc"}, "", SWIN_TIMM, **SWIN_CLS),
-    Format("torchvision Swin", SWIN, CLS_SWIN, dialect=SWIN_TORCHVISION, **SWIN_CLS),
-    Format("mmsegmentation Swin encoder", SWIN, CLS_SWIN, dialect=SWIN_MMSEG, **SWIN_CLS, **UNFOLD),
-    Format("mmsegmentation Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", SWIN_MMSEG,
-           **SWIN_SEG, **UNFOLD),
+    Format("Next-ViT encoder", NEXT_VIT, {"cls": "head.fc proj_head.0"}, **NEXT_KIND),
+    Format("Next-ViT segmentor", NEXT_VIT, MMSEG_HEADS, "backbone.", **NEXT_KIND),
+    Format("timm Next-ViT", NEXT_VIT, {"cls": "head.fc head.fc"}, "", NEXT_VIT_TIMM, **NEXT_KIND),
+    Format("Swin encoder", SWIN, CLS_SWIN, **SWIN_KIND),
+    Format("Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", **SWIN_KIND),
+    Format("timm Swin", SWIN, {"cls": "3.norm norm\n head.fc head.fc"}, "", SWIN_TIMM, **SWIN_KIND),
+    Format("torchvision Swin", SWIN, CLS_SWIN, dialect=SWIN_TORCHVISION, **SWIN_KIND),
     Format("DEST depth encoder", DEST, CLS, **DEST_KIND),
     Format("DEST encoder", DEST, CLS, dialect=DEST_SEG, **DEST_KIND),
     Format("DEST segmentor", DEST, MMSEG_HEADS, "backbone.", DEST_SEG, **DEST_KIND),
@@ -1335,24 +1273,27 @@ def load_pretrained(model, source):
     found, misfits, missing = match(model, state, form)
     fresh = settle_head(model, state, form, found, misfits, missing)
     if model.task == "seg" and STAGE_NORM[SIZES[model.spec.size].stage_norm][1] == "seg":
-        fresh += [key for key in missing if re.match(form.fresh, key)]
+        fresh += [key for key in missing if re.match(TASK_NORMS, key)]
 
     missing = [key for key in missing if key not in fresh]
     wrong = [key for key in misfits if key not in fresh]
-    left = unused(state, form, found, misfits)
+    left = unused(state, form, found | misfits)
     foreign = [name for name in left if not HEADS.match(name) and not LOSSES.match(name)]
     if wrong or missing or foreign:
+        remedy = "give the --model and the words that it was trained with"
+        if trained and trained != model.spec:
+            words = [f"--model {trained.name}", *spelt(trained.overrides, "--{} {}", ",")]
+            remedy = f"it looks like {trained.name}: give {' '.join(words)}"
         raise UserError(f"{path}: does not fit {model.spec} ({form.name}; of another shape: "
                         f"{some(wrong, 1)}; missing: {some(missing, 1)}; unexpected: "
-                        f"{some(foreign, 1)}){looks_like(model, state, form, trained)}")
-    targets = model.state_dict()
+                        f"{some(foreign, 1)}); {remedy}")
+    targets, values = model.state_dict(), {}
     for key, names in found.items():
         for name in names:
             check_numbers(f"{path}: {prefix}{name}", state[name], targets[key])
-    with torch.no_grad():
-        for key, names in found.items():
-            value = form.read(key, [state[name] for name in names])
-            targets[key].copy_(value.reshape(targets[key].shape))
+        value = torch.cat([state[name] for name in names]) if len(names) > 1 else state[names[0]]
+        values[key] = value.reshape(targets[key].shape)
+    model.load_state_dict(values, strict=False)
     return Report(form.name, list(found), missing, outside + left, fresh)
 
 
@@ -1385,18 +1326,11 @@ def read_folder(folder):
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
             return read_checkpoint(folder / name)
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    if not (folder / "model.safetensors.index.json").exists():
         raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin; give a "
                         "checkpoint file or a hub directory")
-    raw = map_file(index)
-    try:
-        names = sorted(set(json.loads(raw[:])["weight_map"].values()))
-        files = [folder / pathlib.Path(name).name for name in names]
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
-        raise UserError(f"{index}: not an index of safetensors files")
     state = {}
-    for file in files:
+    for file in sorted(folder.glob("*.safetensors")):
         state |= read_safetensors(file)
     return state
 
@@ -1459,17 +1393,12 @@ def settle_head(model, state, form, found, misfits, missing):
     """-> the head's names that stay fresh: a classifier of another class count alone; a head that
     the file lacks, or has of another kind, as a whole, although single tensors may fit."""
     head = [key for key in model.state_dict() if key.startswith("head.")]
-    fresh = []
-    for key in misfits:
-        if key.startswith(("head.classifier.", "head.fc.")):
-            theirs = state[misfits[key][0]].shape
-            if theirs[1:].numel() == model.state_dict()[key].shape[1:].numel():
-                fresh.append(key)
+    fresh = [key for key in misfits if key.startswith(("head.classifier.", "head.fc."))]
     other = any(key in misfits and key not in fresh for key in head)
     absent = not any(key in found or key in fresh for key in head)
-    left = any(HEADS.match(name) for name in unused(state, form, found, misfits))
-    partly = left and any(key in missing for key in head)
-    if not (other or absent or partly):
+    lacking = any(key in missing for key in head)
+    left = any(HEADS.match(name) for name in unused(state, form, found | misfits))
+    if not (other or absent or lacking and left):
         return fresh
     for key in head:
         found.pop(key, None)
@@ -1477,11 +1406,9 @@ def settle_head(model, state, form, found, misfits, missing):
     return [key for key in head if not counter(key)]
 
 
-def unused(state, form, *tables):
-    """The file's names that none of the tables uses, and that mean anything."""
-    used = set()
-    for names in itertools.chain(*(table.values() for table in tables)):
-        used.update(names)
+def unused(state, form, used):
+    """The file's names that mean anything and are not in {our name: their names}."""
+    used = set(itertools.chain(*used.values()))
     return [name for name in state
             if name not in used and not re.match(form.dead, name) and not counter(name)]
 
@@ -1491,42 +1418,19 @@ def counter(name):
     return name.endswith(("num_batches_tracked", "n_averaged"))
 
 
-def looks_like(model, state, form, trained):
-    """The words with which a file's weights fit: what our own file says, else the best row's."""
-    if trained and trained != model.spec:
-        words = [f"--model {trained.name}", *spelt(trained.overrides, "--{} {}", ",")]
-        return f"; it looks like {trained.name}: give {' '.join(words)}"
-
-    def score(other):
-        """The row that explains most and lacks least."""
-        found, misfits, missing = match(other, state, form)
-        hits, lacks = (sum(key.startswith("encoder.") for key in keys)
-                       for keys in (found, [*misfits, *missing]))
-        return hits - lacks
-
-    scores = {"": max(0, score(model))}
-    for name in MODELS:
-        if form.keys and re.match(form.rows, name):
-            with torch.device("meta"):
-                scores[f"; it looks like {name}"] = score(build(name, model.task))
-    return max(scores, key=scores.get)
-
-
 def export_pretrained(model, path, format=None, classes=None):
     """Write a model's weights under the names of a public format; load_pretrained reads them back.
 
     path: a folder for "Hugging Face SegFormer", else a .pth file with a flat dict; format: the name
-    of one of FORMATS, by default the hub's for a path without a suffix, else the first that is for
-    such a row and names its tensors; classes: names for the hub's config. Errors: UserError."""
-    known = [f for f in FORMATS if f.dialect != MIT_MMSEG]     # its q, k and v are only taken apart
+    of one of FORMATS, by default the hub's for a path without a suffix, else the first of those
+    that name most of the tensors; classes: names for the hub's config. Errors: UserError."""
     if format is None and pathlib.Path(path).suffix:
-        forms = [f for f in known[1:] if f.name != HUB and re.match(f.rows, model.spec.name)]
+        forms = [f for f in FORMATS[1:] if f.name != HUB]
     else:
-        forms = [f for f in known if f.name == (format or HUB)]
+        forms = [f for f in FORMATS if f.name == (format or HUB)]
     if not forms:
-        raise UserError(f"format {format!r} cannot be written; choose from: "
-                        f"{', '.join(f.name for f in known)}")
-    # of those with most names the first
+        raise UserError(f"format {format!r} is not known; choose from: "
+                        f"{', '.join(f.name for f in FORMATS)}")
     names_of, form = max(((f.names(model), f) for f in forms), key=lambda pair: len(pair[0]))
     if nameless := [key for key in model.state_dict() if key not in names_of]:
         raise UserError(f"{form.name} has no name for tensors of {model.spec}: "
@@ -1556,10 +1460,6 @@ def write_hub_directory(folder, model, state, classes):
     processor = {"image_processor_type": "SegformerImageProcessor",
                  "size": {"height": side, "width": side},
                  "do_reduce_labels": getattr(model, "first_id", 0) == 1}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made a folder ({error.strerror})")
     write_safetensors(folder / "model.safetensors", state)
     for name, content in (("config", config), ("preprocessor_config", processor)):
         write_file(folder / f"{name}.json", [json.dumps(content, indent=2).encode()])
