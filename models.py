@@ -578,6 +578,8 @@ def map_file(path):
     try:
         with open(path, "rb") as file:
             raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if file.read(1) else b""
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})")
     if raw[:23] == b"version https://git-lfs":
@@ -693,7 +695,7 @@ def read_safetensors(path):
         if start + end != len(raw):
             raise ValueError(f"{len(raw) - start - end} bytes behind the last tensor")
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a valid safetensors file ({error})")
+        raise UserError(f"{path}: no safetensors file, or a damaged one ({error})")
     return tensors
 
 
@@ -933,14 +935,17 @@ def restore(checkpoint):
         weights, d = checkpoint.get("ema") or checkpoint["model"], checkpoint["spec"]
         make = partial(build, d["name"], d["task"], d["num_classes"], **d["slots"])
         with torch.device("meta"):      # the sizes are compared before any memory is taken
-            targets = make()
-            targets.load_state_dict(weights)
+            targets = make().state_dict()
+        theirs, ours = ({(name, value.shape) for name, value in table.items()}
+                        for table in (weights, targets))
+        if theirs != ours:
+            name = min(theirs ^ ours, key=str)[0]
+            raise TypeError(f"{name}: of another shape, or not in both")
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().rpartition("\n")[2].strip()
-        raise UserError("not the description of a model and weights that fit it, as train_seg.py "
-                        f"and train_cls.py write them ({type(error).__name__}: {reason[:200]}); "
-                        "weights alone go to --pretrain together with --model")
-    for name, target in targets.state_dict().items():
+        raise UserError("not the description of a model and its weights, as train_seg.py and "
+                        f"train_cls.py write them ({error}); give other weights to --pretrain, "
+                        "together with --model")
+    for name, target in targets.items():
         check_numbers(name, weights[name], target)
     model = make()
     model.load_state_dict(weights)
@@ -1287,13 +1292,13 @@ def load_pretrained(model, source):
         raise UserError(f"{path}: does not fit {model.spec} ({form.name}; of another shape: "
                         f"{some(wrong, 1)}; missing: {some(missing, 1)}; unexpected: "
                         f"{some(foreign, 1)}); {remedy}")
-    targets, values = model.state_dict(), {}
+    targets = model.state_dict()
     for key, names in found.items():
         for name in names:
             check_numbers(f"{path}: {prefix}{name}", state[name], targets[key])
+    for key, names in found.items():
         value = torch.cat([state[name] for name in names]) if len(names) > 1 else state[names[0]]
-        values[key] = value.reshape(targets[key].shape)
-    model.load_state_dict(values, strict=False)
+        targets[key].copy_(value.reshape(targets[key].shape))
     return Report(form.name, list(found), missing, outside + left, fresh)
 
 

