@@ -196,6 +196,8 @@ def keep_memory(keep=True):
 
 def tune(device, deterministic):
     """Settings of a training script. deterministic: CUDA repeats its sums exactly, at some cost."""
+    # A 1x1 kernel can be described by several strides, which DDP warns of for no reason.
+    warnings.filterwarnings("ignore", "Grad strides do not match")
     if device.type == "cpu":
         keep_memory()
     elif deterministic:
@@ -213,9 +215,11 @@ def handle(first, second=None):
 
 
 class Stopped(BaseException):
-    """A signal asked this process to end; not an Exception, as nothing may take it for an error."""
+    """A signal asked this process (0: another one of its group, by SIGTERM) to end; not an
+    Exception, as nothing may take it for an error."""
 
     def __init__(self, signum, advice="a training run goes on with the same command"):
+        signum = signum or signal.SIGTERM
         super().__init__(f"stopped by {signal.Signals(signum).name}: {advice}")
         self.signum = signum
 
@@ -375,12 +379,12 @@ class EpochSampler(Sampler):
             yield self.epoch, position % self.repeats, int(order[position // self.repeats])
 
 
-def train_loader(dataset, batch_size, processes, seed, workers, repeats=1):
+def train_loader(dataset, batch_size, processes, seed, workers, accum=1, repeats=1):
     """Shuffled, sharded, whole batches only; call set_epoch before each epoch."""
     sampler = EpochSampler(len(dataset), processes, seed, repeats)
-    if len(sampler) < batch_size:
-        raise UserError(f"--batch-size {batch_size}: {len(dataset)} images on {processes.world} "
-                        "processes do not fill one batch; use a smaller one")
+    if len(sampler) < batch_size * accum:
+        raise UserError(f"--batch-size {batch_size}, --accum {accum}: {len(dataset)} images on "
+                        f"{processes.world} processes do not fill one step; use less")
     options = _options(workers, processes.device)
     return DataLoader(dataset, batch_size, sampler=sampler, drop_last=True,
                       persistent_workers=options["num_workers"] > 0, **options)

@@ -876,11 +876,17 @@ def warmup_steps(warmup, steps, steps_per_epoch):
     return number
 
 
-def run_settings(args, model, **more):
-    """What makes two runs the same: every flag but MAY_CHANGE, and the data behind them."""
+def describe_run(args, model, dataset, batch, warmup):
+    """-> the run's folder, and what makes two runs the same: every flag but MAY_CHANGE, and the
+    data behind them."""
+    name = pathlib.Path(args.data_path).resolve().name if args.data_path else "shapes"
+    output = pathlib.Path(args.output_dir or f"runs/{model.task}-{model.spec}-{name}")
     settings = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
-    settings["pretrain"] = args.pretrain and pathlib.Path(args.pretrain).name
-    return settings | {"model": str(model.spec)} | more
+    return output, settings | {
+        "model": str(model.spec), "data_path": args.data_path and name,
+        "data_files": dataset.fingerprint(), "images": len(dataset),
+        "classes": dataset.num_classes, "effective_batch": batch, "warmup": warmup,
+        "pretrain": args.pretrain and pathlib.Path(args.pretrain).name}
 
 
 def settings_block(settings):

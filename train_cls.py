@@ -4,17 +4,13 @@
     torchrun --nproc_per_node=8 train_cls.py --data-path tiny-imagenet-200 --amp fp16
 
 `python train_cls.py` is the same as one process. The run's folder gets last.pt, best.pt, log.jsonl
-and curve.png; the same command started again continues there, in the middle of an epoch too, on a
-CPU with the same bits as if the run had never stopped.
+and curve.png; the same command continues it, on a CPU to the bit as if never stopped.
 """
 import argparse
 import contextlib
 import copy
 import math
-import signal
 import time
-import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,7 +19,7 @@ from torch.nn import functional as F
 
 import data
 import models
-from eval import evaluate_cls
+from eval import AMP, evaluate_cls
 from layers import UserError
 
 # With --data-path: DeiT's recipe, as in the original project. Without: one for the embedded data.
@@ -46,8 +42,7 @@ def arguments(argv=None):
     add("--mixup", "alpha, 0 = off", type=models.non_negative)
     add("--cutmix", "alpha, 0 = off", type=models.non_negative)
     add("--smoothing", "of the labels", type=models.share)
-    add("--repeats", "views of an image in a batch: repeated augmentation",
-        type=models.positive_int)
+    add("--repeats", "views of an image in a batch", type=models.positive_int)
     return parser.parse_args(argv)
 
 
@@ -61,10 +56,8 @@ def learning_rate(step, steps, warmup, base):
 def load_datasets(args):
     if args.data_path is None:
         if args.rand_augment or args.erase:
-            raise UserError("--rand-augment, --erase: no effect without --data-path; leave them "
-                            "out")
-        train = data.LargestShape("train", args.image_size, args.seed)
-        return train, data.LargestShape("val")
+            raise UserError("--rand-augment, --erase: no effect without --data-path")
+        return data.LargestShape("train", args.image_size, args.seed), data.LargestShape("val")
     train = data.TinyImageNet(args.data_path, "train", args.image_size, seed=args.seed,
                               rand_augment=args.rand_augment, erase=args.erase)
     return train, data.TinyImageNet(args.data_path, "val", args.image_size)
@@ -81,12 +74,9 @@ def main(argv=None):
     # The data, and from its size the length of the run.
     train_set, val_set = load_datasets(args)
     loader = data.train_loader(train_set, args.batch_size, processes, args.seed, args.workers,
-                               args.repeats)
+                               args.accum, args.repeats)
     batch = args.batch_size * world * args.accum
     steps_per_epoch = len(loader) // args.accum
-    if steps_per_epoch == 0:
-        raise UserError(f"--accum {args.accum}: {len(train_set)} images do not fill one effective "
-                        f"batch of {batch}; use less")
     steps = args.epochs * steps_per_epoch
     warmup = models.warmup_steps(args.warmup, steps, steps_per_epoch)
     args.lr = args.lr or 5e-4 * batch / 512
@@ -96,17 +86,11 @@ def main(argv=None):
     model = models.build(args.model, "cls", train_set.num_classes, args.drop_path,
                          **models.slots_from(args))
     if args.image_size < model.encoder.smallest:
-        raise UserError(f"--image-size {args.image_size}: {model.spec} needs at least "
-                        f"{model.encoder.smallest} pixels a side")
+        raise UserError(f"--image-size: {model.spec} needs {model.encoder.smallest} pixels")
 
     # The run's folder, and the state in it to go on from. Process 0 reads for all, and hands the
     # state on: the others may be on machines that do not see the folder.
-    name = Path(args.data_path).resolve().name if args.data_path else "shapes"
-    output = Path(args.output_dir or f"runs/cls-{model.spec}-{name}")
-    settings = models.run_settings(args, model, data_path=args.data_path and name,
-                                   data_files=train_set.fingerprint(),
-                                   images=len(train_set), classes=train_set.num_classes,
-                                   effective_batch=batch, warmup=warmup)
+    output, settings = models.describe_run(args, model, train_set, batch, warmup)
     state = None
     if rank == 0:
         lock = models.lock_folder(output)       # held for as long as this variable lives
@@ -115,10 +99,10 @@ def main(argv=None):
 
     # Weights, optimizer, scaler and moving average: fresh, or as the state has them. With several
     # processes DDP gives process 0's weights to all, so that the others need not read --pretrain.
-    if rank == 0 and state is None and args.pretrain:
-        print(models.load_pretrained(model, args.pretrain))
     if state:
         model.load_state_dict(state["model"])
+    elif args.pretrain and rank == 0:
+        print(models.load_pretrained(model, args.pretrain))
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)
@@ -129,8 +113,6 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     net = torch.compile(model) if args.compile else model
     if world > 1:
-        # A 1x1 kernel can be described by several strides, which DDP warns of for no reason.
-        warnings.filterwarnings("ignore", "Grad strides do not match")
         net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
 
@@ -146,7 +128,7 @@ def main(argv=None):
         done, rows, losses, seconds = (state[key] for key in ("step", "rows", "losses", "seconds"))
         best = state["best"]
     state = None
-    amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
+    amp_dtype = AMP[args.amp]
 
     def checkpoint():
         """What is needed to use the weights: the content of best.pt, and a part of last.pt."""
@@ -163,15 +145,13 @@ def main(argv=None):
 
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     report(models.settings_block(settings))
-    report(f"{model.spec}, {parameters:.2f} M parameters, {train_set.num_classes} classes; "
-           f"{len(train_set)} images to train on, {len(val_set)} to validate on; {device.type}\n"
-           f"effective batch {batch} = {args.batch_size} images x {world} processes x "
-           f"{args.accum} passes; {args.epochs} epochs of {steps_per_epoch} steps, "
-           f"{warmup} of warm-up; output: {output}")
-    complete_already = len(rows) == args.epochs
-    if done and not complete_already:
-        so_far = f"; best top-1 so far {best['top1']:.2f} %" if best["epoch"] else ""
-        report(f"continuing after step {done} of {steps}{so_far}")
+    report(f"{parameters:.2f} M parameters, {len(val_set)} images to validate on, {device.type}; "
+           f"effective batch {batch} = {args.batch_size} images x {world} processes x {args.accum} "
+           f"passes, {steps_per_epoch} steps an epoch; output: {output}")
+    if len(rows) == args.epochs:
+        report("complete already; a new run needs another --output-dir")
+    elif done:
+        report(f"continuing after step {done} of {steps}")
 
     for epoch in range(len(rows), args.epochs):
         # The order of the images is a function of (seed, epoch), so that the loader can begin at
@@ -253,8 +233,8 @@ def main(argv=None):
                 if stop:
                     if world > 1:
                         dist.barrier()          # nobody leaves before the state is saved
-                    raise data.Stopped(data.STOP.pending or signal.SIGTERM, f"step {done} of "
-                                       f"{steps} is saved, the same command goes on from there")
+                    raise data.Stopped(data.STOP.pending, f"step {done} of {steps} is saved, "
+                                       "the same command goes on from there")
         seconds = time.time() - start
         speed = len(losses) * batch / seconds
 
@@ -288,10 +268,8 @@ def main(argv=None):
                 with models.tolerated(output / "curve.png"):
                     data.draw_curves(output / "curve.png", rows, "top1")
 
-    note = " already (a new run needs another --output-dir)" if complete_already else ""
-    total = sum(row["seconds"] for row in rows)
-    report(f"complete{note}: best top-1 {best['top1']:.2f} % after epoch {best['epoch']} of "
-           f"{args.epochs}, {total:.0f} s; {output}: last.pt best.pt log.jsonl and pictures")
+    report(f"complete: best top-1 {best['top1']:.2f} % after epoch {best['epoch']}; "
+           f"{output}: last.pt best.pt log.jsonl and pictures")
 
 
 if __name__ == "__main__":

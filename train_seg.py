@@ -4,16 +4,12 @@
     torchrun --nproc_per_node=8 train_seg.py --data-path ADEChallengeData2016 --pretrain FILE
 
 `python train_seg.py` is the same as one process. The run's folder gets last.pt, best.pt, log.jsonl,
-curve.png and samples.png; the same command started again continues there, in the middle of an
-epoch too, on a CPU with the same bits as if the run had never stopped.
+curve.png and samples.png; the same command continues it, on a CPU to the bit as if never stopped.
 """
 import contextlib
 import copy
 import math
-import signal
 import time
-import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,7 +17,7 @@ from torch import nn
 
 import data
 import models
-from eval import evaluate_seg, rounded, save_samples
+from eval import AMP, evaluate_seg, rounded, save_samples
 from layers import UpsampledCrossEntropy, UserError
 
 # With --data-path: the original project's recipe. Without: one for the embedded data.
@@ -34,8 +30,7 @@ QUICK = dict(model="segformer_b0", crop=64, epochs=11, batch_size=8, lr=1.5e-3, 
 def arguments(argv=None):
     parser, add = models.training_parser("Train a segmentation model.", RECIPE, QUICK)
     add("--data-path", "a data set like ADE20K, see data.py (default: shapes drawn by data.py)")
-    add("--zero-is-class", "id 0 of the masks is a class; else it is ignored, and k is class k-1",
-        action="store_true")
+    add("--zero-is-class", "id k of a mask is class k, not class k-1", action="store_true")
     add("--crop", "side of the training crops in pixels", type=models.positive_int)
     add("--scale-base", "views are 0.5 to 2 times as large as what fits into (4 SIDE, SIDE) "
         "(default: the crop)", type=models.positive_int, metavar="SIDE")
@@ -56,8 +51,7 @@ def learning_rate(step, steps, warmup, args):
 def load_datasets(args):
     if args.data_path is None:
         if args.zero_is_class or args.scale_base:
-            raise UserError("--zero-is-class, --scale-base: no effect without --data-path; leave "
-                            "them out")
+            raise UserError("--zero-is-class, --scale-base: no effect without --data-path")
         return data.Shapes("train", args.crop, args.seed), data.Shapes("val")
     train = data.FolderSegmentation(args.data_path, "train", args.crop, args.seed,
                                     args.zero_is_class, scale_base=args.scale_base)
@@ -76,12 +70,10 @@ def main(argv=None):
 
     # The data, and from its size the length of the run.
     train_set, val_set = load_datasets(args)
-    loader = data.train_loader(train_set, args.batch_size, processes, args.seed, args.workers)
+    loader = data.train_loader(train_set, args.batch_size, processes, args.seed, args.workers,
+                               args.accum)
     batch = args.batch_size * world * args.accum
     steps_per_epoch = len(loader) // args.accum
-    if steps_per_epoch == 0:
-        raise UserError(f"--accum {args.accum}: {len(train_set)} images do not fill one effective "
-                        f"batch of {batch}; use less")
     steps = args.epochs * steps_per_epoch
     warmup = models.warmup_steps(args.warmup, steps, steps_per_epoch)
 
@@ -90,17 +82,11 @@ def main(argv=None):
     model = models.build(args.model, "seg", train_set.num_classes, args.drop_path,
                          **models.slots_from(args))
     if args.crop < model.encoder.smallest:
-        raise UserError(f"--crop {args.crop}: {model.spec} needs at least "
-                        f"{model.encoder.smallest} pixels a side")
+        raise UserError(f"--crop {args.crop}: {model.spec} needs {model.encoder.smallest} pixels")
 
     # The run's folder, and the state in it to go on from. Process 0 reads for all, and hands the
     # state on: the others may be on machines that do not see the folder.
-    name = Path(args.data_path).resolve().name if args.data_path else "shapes"
-    output = Path(args.output_dir or f"runs/seg-{model.spec}-{name}")
-    settings = models.run_settings(args, model, data_path=args.data_path and name,
-                                   data_files=train_set.fingerprint(),
-                                   images=len(train_set), classes=train_set.num_classes,
-                                   effective_batch=batch, warmup=warmup)
+    output, settings = models.describe_run(args, model, train_set, batch, warmup)
     state = None
     if rank == 0:
         lock = models.lock_folder(output)       # held for as long as this variable lives
@@ -111,10 +97,10 @@ def main(argv=None):
 
     # Weights, optimizer, scaler and moving average: fresh, or as the state has them. With several
     # processes DDP gives process 0's weights to all, so that the others need not read --pretrain.
-    if rank == 0 and state is None and args.pretrain:
-        print(models.load_pretrained(model, args.pretrain))
     if state:
         model.load_state_dict(state["model"])
+    elif args.pretrain and rank == 0:
+        print(models.load_pretrained(model, args.pretrain))
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)
@@ -125,8 +111,6 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     net = torch.compile(model) if args.compile else model
     if world > 1:
-        # A 1x1 kernel can be described by several strides, which DDP warns of for no reason.
-        warnings.filterwarnings("ignore", "Grad strides do not match")
         net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
 
@@ -145,9 +129,8 @@ def main(argv=None):
         class_weights = data.class_weights(train_set, args.class_weights) if rank == 0 else None
         class_weights = data.broadcast(class_weights)
     state = None
-    criterion = UpsampledCrossEntropy(data.IGNORED, class_weights)
-    criterion.to(device)
-    amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
+    criterion = UpsampledCrossEntropy(data.IGNORED, class_weights).to(device)
+    amp_dtype = AMP[args.amp]
 
     def checkpoint():
         """What is needed to use the weights: the content of best.pt, and a part of last.pt."""
@@ -166,15 +149,13 @@ def main(argv=None):
 
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     report(models.settings_block(settings))
-    report(f"{model.spec}, {parameters:.2f} M parameters, {train_set.num_classes} classes; "
-           f"{len(train_set)} images to train on, {len(val_set)} to validate on; {device.type}\n"
-           f"effective batch {batch} = {args.batch_size} images x {world} processes x "
-           f"{args.accum} passes; {args.epochs} epochs of {steps_per_epoch} steps, "
-           f"{warmup} of warm-up; output: {output}")
-    complete_already = len(rows) == args.epochs
-    if done and not complete_already:
-        so_far = f"; best mIoU so far {best['mIoU']:.2f} %" if best["epoch"] else ""
-        report(f"continuing after step {done} of {steps}{so_far}")
+    report(f"{parameters:.2f} M parameters, {len(val_set)} images to validate on, {device.type}; "
+           f"effective batch {batch} = {args.batch_size} images x {world} processes x {args.accum} "
+           f"passes, {steps_per_epoch} steps an epoch; output: {output}")
+    if len(rows) == args.epochs:
+        report("complete already; a new run needs another --output-dir")
+    elif done:
+        report(f"continuing after step {done} of {steps}")
 
     for epoch in range(len(rows), args.epochs):
         # The order of the images is a function of (seed, epoch), so that the loader can begin at
@@ -258,8 +239,8 @@ def main(argv=None):
                 if stop:
                     if world > 1:
                         dist.barrier()          # nobody leaves before the state is saved
-                    raise data.Stopped(data.STOP.pending or signal.SIGTERM, f"step {done} of "
-                                       f"{steps} is saved, the same command goes on from there")
+                    raise data.Stopped(data.STOP.pending, f"step {done} of {steps} is saved, "
+                                       "the same command goes on from there")
         seconds = time.time() - start
         speed = len(losses) * batch / seconds
 
@@ -272,9 +253,8 @@ def main(argv=None):
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             matrix = evaluate_seg(evaluated, val_set, processes, args.batch_size, args.workers,
                                   amp=args.amp, short_side=args.crop)
-            metrics = {**matrix.summary(), "val_loss": matrix.loss,
-                       "iou": {name: rounded(100 * iou) for name, iou
-                               in zip(val_set.classes, matrix.iou().tolist())}}
+            ious = zip(val_set.classes, (100 * matrix.iou()).tolist())
+            metrics = matrix.summary() | {"iou": {name: rounded(iou) for name, iou in ious}}
             improved = metrics["mIoU"] > best["mIoU"]
         if improved:
             best = {"epoch": epoch + 1, "mIoU": metrics["mIoU"]}
@@ -299,10 +279,8 @@ def main(argv=None):
                 with models.tolerated(output / "samples.png"):
                     save_samples(evaluated, val_set, args.crop, output / "samples.png")
 
-    note = " already (a new run needs another --output-dir)" if complete_already else ""
-    total = sum(row["seconds"] for row in rows)
-    report(f"complete{note}: best mIoU {best['mIoU']:.2f} % after epoch {best['epoch']} of "
-           f"{args.epochs}, {total:.0f} s; {output}: last.pt best.pt log.jsonl and pictures")
+    report(f"complete: best mIoU {best['mIoU']:.2f} % after epoch {best['epoch']}; "
+           f"{output}: last.pt best.pt log.jsonl and pictures")
 
 
 if __name__ == "__main__":
