@@ -457,6 +457,9 @@ class EpochDataset(Dataset):
     ids = None       # or {id in a mask: class}
     problems = []    # messages on files that were left out
 
+    def __len__(self):
+        return len(self.paths)
+
     def draw(self, key):
         """-> the index in a key, and the random generator of its view"""
         epoch, view, index = key if isinstance(key, tuple) else (0, 0, key)
@@ -654,9 +657,8 @@ def color_affine(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
 
     Brightness is added (of 255), contrast and saturation are factors, hue is an angle in radians:
     A = contrast * Y^-1 diag(1, saturation * rotation(hue)) Y with Y = RGB -> YIQ (the NTSC matrix),
-    b = A (1, 1, 1) * brightness. mmseg's PhotoMetricDistortion computes in HSV; here hue turns the
-    chroma plane and saturation scales it, at constant luma, so that all of it is one linear map.
-    For that reason the contrast may come before or after (mmseg tosses a coin for the order).
+    b = A (1, 1, 1) * brightness. mmseg's PhotoMetricDistortion computes in HSV; in YIQ all of it is
+    linear, so that the contrast may come before or after (mmseg tosses a coin for the order).
     """
     cos, sin = saturation * math.cos(hue), saturation * math.sin(hue)
     matrix = contrast * RGB @ [[1, 0, 0], [0, cos, -sin], [0, sin, cos]] @ YIQ
@@ -683,8 +685,8 @@ def normalise(images, colour=None):
 
     images (..., 3, H, W) alone are normalised only. Training views (B, 4, H, W) with their colour
     (B, 3, 4) are distorted as well, by one affine map: the fourth plane of a view is 1 where the
-    image is, so that its padding becomes 0. Distorted colours are clipped once, here, and not after
-    each part of the distortion. -> (B, 3, H, W), channels_last
+    image is, so that its padding becomes 0. Colours are clipped once, at the end.
+    -> (B, 3, H, W), channels_last
     """
     mean, std = MEAN.flatten().tolist(), STD.flatten().tolist()
     if colour is None:
@@ -706,14 +708,12 @@ def training_view(image, labels, crop, rng, scale=(0.5, 2.0), base=None):
 
     Resize to scale * (4 base, base) = (long, short side) keeping the ratio, base = crop if None;
     crop, flip, pad right and below. The view is uint8 (4, crop, crop): RGB, and 1 where the image
-    is; labels uint8 (crop, crop), padded with 255; colour float32 (3, 4), for `normalise`, which
-    distorts the colours where the model runs.
+    is; labels uint8 (crop, crop), padded with 255; colour float32 (3, 4), for `normalise`.
 
     Only what the crop shows is cut out and resized: the corner is drawn on source pixels, so the
     sampling grid is that of resizing the whole image (antialiased bilinear; the labels nearest), up
-    to the taps beyond the cut at the corner's two edges. A JPEG that shrinks by 2 or more is
-    decoded at 1/2, 1/4 or 1/8 by libjpeg (`draft`: a low-pass of its own, within about one grey
-    level of the filter that it replaces) and resized from there.
+    to the taps beyond the cut at the corner's two edges. libjpeg decodes a JPEG that shrinks by 2
+    or more at 1/2, 1/4 or 1/8 (`draft`), within about one grey level of the filter it replaces.
     """
     w, h = image.size
     base = base or crop
@@ -762,6 +762,7 @@ def _resized_part(image, corner, shape, step, unit):
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 MASK_FILES = {".png", ".bmp", ".tif", ".tiff"}
+UNNAMED = re.compile("unlabell?ed|unknown|background|void|ignored?|other|none", re.IGNORECASE)
 
 
 class Layout(NamedTuple):
@@ -802,12 +803,11 @@ class FolderSegmentation(EpochDataset):
 
     split: "train" or "val". By default id 0 of a mask is "unlabelled" and id k is class k-1;
     zero_is_class=True keeps the ids; 255 is ignored either way. A label_map.json {id: class} beside
-    the folders replaces this rule: all ids that it does not name are ignored. The classes are those
-    of id2label.json or objectInfo150.txt, else there are as many as the masks' largest id says.
+    the folders replaces this rule: all ids that it does not name are ignored. The classes are
+    `read_classes`'s, else there are as many as the masks' largest id says.
     Item without crop: (image uint8 (3, H, W), label uint8 (H, W), path of the image); with crop:
     `training_view`, scale_base is its `base`. classes: names that another split has found already.
-    A bad file raises UserError with its name; strict=False collects files without a partner in
-    .problems instead.
+    A bad file is a UserError; strict=False collects files without a partner in .problems instead.
     """
 
     def __init__(self, root, split, crop=None, seed=0, zero_is_class=False, strict=True,
@@ -823,33 +823,37 @@ class FolderSegmentation(EpochDataset):
         self.all_paths = list(self.paths)
         with suppress(UserError):      # a split that is not there, or is not asked for
             self.all_paths += pair(self.root, layout, "val" if split == "train" else "train")[0]
-        if (path := self.root / "label_map.json").exists():
-            layout = layout._replace(ids=read_label_map(path), classes=())
-        self.ids = layout.ids
-        self._set_rule(zero_is_class)
-        self.classes = (classes or read_classes(self.root, zero_is_class) or list(layout.classes)
-                        or [f"class {k}" for k in range(self._last_class() + 1)])
-        self.num_classes = len(self.classes)
-        if self.ids and self._last_class() >= self.num_classes:
-            raise UserError(f"{shown(self.root)}: class {self._last_class()} of the label map is "
-                            f"beyond the {self.num_classes} classes (0 is the first); correct one")
+        self._set_labels(layout, zero_is_class, classes)
         self.colors = distinct_colors(self.num_classes)
         if self.classes == list(NAMES):
             self.colors = np.array([list(bytes.fromhex(color)) for color in COLORS], np.uint8)
 
-    def _set_rule(self, zero_is_class):
-        if self.ids and zero_is_class:
+    def _set_labels(self, layout, zero_is_class, classes):
+        """The classes, and the label of each id in a mask."""
+        if (path := self.root / "label_map.json").exists():
+            layout = layout._replace(ids=read_label_map(path), classes=())
+        self.ids = ids = layout.ids
+        if ids and zero_is_class:
             raise UserError(f"--zero-is-class: {shown(self.root)} has a label map, which says the "
                             "class of id 0 as well; leave the flag out")
-        if self.ids:
+        if ids:
             self.rule = "a label map says which class an id of a mask is, other ids are ignored"
-            self.table = np.full(2 ** 16 + 1, IGNORED, np.uint8)
-            self.table[list(self.ids)] = list(self.ids.values())
         elif zero_is_class:
             self.rule = "id k of a mask is class k, 255 is ignored"
         else:
-            self.rule = "id k of a mask is class k-1, 0 and 255 are ignored"
             self.first_id = 1
+            self.rule = "id k of a mask is class k-1, 0 and 255 are ignored"
+        self.classes = (classes or read_classes(self.root, zero_is_class) or list(layout.classes)
+                        or [f"class {k}" for k in range(self._last_class() + 1)])
+        self.num_classes = len(self.classes)
+        if ids and self._last_class() >= self.num_classes:
+            raise UserError(f"{shown(self.root)}: class {self._last_class()} of the label map is "
+                            f"beyond the {self.num_classes} classes (0 is the first); correct one")
+        # -1 is an error; ids that do not fit into 16 bits are looked up in the last place.
+        self.table = np.full(2 ** 16 + 1, IGNORED if ids else -1, np.int16)
+        self.table[[0, IGNORED]] = IGNORED
+        ids = ids or {k + self.first_id: k for k in range(self.num_classes)}
+        self.table[list(ids)] = list(ids.values())
 
     def _last_class(self):
         """Of the label map, or of the masks of both splits, which must agree on the classes."""
@@ -861,9 +865,6 @@ class FolderSegmentation(EpochDataset):
                 mask = read_mask(path)
                 largest = max(largest, int(mask.max(initial=0, where=mask < IGNORED)))
         return largest - self.first_id
-
-    def __len__(self):
-        return len(self.paths)
 
     def __getitem__(self, key):
         index, rng = self.draw(key)
@@ -879,20 +880,12 @@ class FolderSegmentation(EpochDataset):
     def labels(self, path):
         """A mask file as labels: (H, W) uint8, 0..K-1 and 255."""
         mask = read_mask(path)
-        if self.ids:
-            if mask.dtype != np.uint8:
-                mask = mask.clip(-1, 2 ** 16)    # both are the table's last place: ignored
-            return self.table[mask]
-        first, limit = self.first_id, self.first_id + self.num_classes
-        bad = mask[((mask >= limit) & (mask != IGNORED)) | (mask < 0)]
-        if bad.size:
-            raise UserError(f"{shown(path)}: label id {bad[0]} is beyond the {self.num_classes} "
-                            f"classes (ids {first}..{limit - 1}, 255 ignored); correct the mask or "
-                            "the class names, or add a label_map.json")
-        mask = mask.astype(np.uint8, copy=False)
-        if first:
-            mask -= (mask != IGNORED).view(np.uint8)    # 0 wraps around to 255, and 255 stays
-        return mask
+        labels = self.table.take(mask if mask.dtype == np.uint8 else mask.clip(-1, 2 ** 16))
+        if labels.min() < 0:
+            raise UserError(f"{shown(path)}: label id {mask[labels < 0][0]} is beyond the "
+                            f"{self.num_classes} classes ({self.rule}); correct the mask or the "
+                            "class names, or add a label_map.json")
+        return labels.astype(np.uint8)
 
     def fingerprint(self):
         """Names and sizes of the files of both splits, wherever they lie, names and ids.
@@ -904,9 +897,9 @@ class FolderSegmentation(EpochDataset):
         rule = self.classes, self.first_id, self.ids
         return fingerprint(self.root, itertools.chain(*pairs), sums, rule)
 
-    def count_pixels(self, paths=None):
-        """Pixels of each label, (256,), in some masks, this split's if not given."""
-        masks = paths or [mask for _, mask in self.paths]
+    def count_pixels(self, limit=None):
+        """Pixels of each label, (256,), in all masks of this split, or in some, evenly spread."""
+        masks = [mask for _, mask in some(self.paths, limit or len(self))]
         with ThreadPoolExecutor() as pool:
             labels = progress(pool.map(self.labels, masks), "masks", total=len(masks))
             return sum(np.bincount(part.ravel(), minlength=256) for part in labels)
@@ -920,12 +913,11 @@ class FolderSegmentation(EpochDataset):
         for path, mask_path in self.paths if self.split == "val" else ():
             with opened(path) as image, opened(mask_path, any_depth=True) as mask:
                 require_size(path, image.size, mask_path, mask.size)
-        masks = [mask for _, mask in self.paths]
-        for looked_at in (some(masks, limit), masks):    # a rare class may be in none of some masks
-            counts = self.count_pixels(looked_at)
+        for limit in (min(limit, len(self)), len(self)):    # a rare class may be in none of some
+            counts = self.count_pixels(limit)
             if np.count_nonzero(counts[:IGNORED]) > 1:
                 break
-        return self.judge(counts, f" in {len(looked_at)} masks")
+        return self.judge(counts, f" in {limit} masks")
 
     def judge(self, counts, where=""):
         """Of the number of pixels of each label, (256,): -> notes, or UserError; see `check`."""
@@ -949,9 +941,6 @@ class FolderSegmentation(EpochDataset):
             notes.append(f"the last class does not occur, and the first is '{names[0]}': if it is "
                          "id 0 of the masks, leave it out of the names, or pass --zero-is-class")
         return [f"{self.split}: {note}" for note in notes]
-
-
-UNNAMED = re.compile("unlabell?ed|unknown|background|void|ignored?|other|none", re.IGNORECASE)
 
 
 def require_size(path, size, mask_path, mask_size):
@@ -989,14 +978,10 @@ def pair(root, layout, split):
     images, masks = found
     end = common_end(images, masks)
     masks = {stem.removesuffix(end): path for stem, path in masks.items()}
-    for stem in sorted(images.keys() - masks.keys()):
-        mask = layout.masks.format(split).replace("*", stem + end)
-        problems.append(f"{shown(images[stem])}: no mask {shown(mask)}.png; add it or remove the "
-                        "image")
-    for stem in sorted(masks.keys() - images.keys()):
-        image = layout.images.format(split).replace("*", stem)
-        problems.append(f"{shown(masks[stem])}: no image {shown(image)}.*; add it or remove the "
-                        "mask")
+    for files, others, wanted in ((images, masks, f"mask {layout.masks.format(split)}{end}.png"),
+                                  (masks, images, f"image {layout.images.format(split)}.*")):
+        problems += [f"{shown(path)}: no {shown(wanted.replace('*', stem, 1))}; add it, or remove "
+                     "this file" for stem, path in files.items() if stem not in others]
     return [(images[stem], masks[stem]) for stem in images if stem in masks], problems
 
 
@@ -1010,8 +995,8 @@ def common_end(images, masks):
 def read_classes(root, zero_is_class):
     """Class names of id2label.json or else of ADE20K's objectInfo150.txt; None without either.
 
-    id2label.json: {"0": "wall", ...}, ["wall", ...], {"wall": 0, ...} or a whole config.json of the
-    Hugging Face hub, with the ids after the label rule.
+    id2label.json: {"0": "wall", ...}, ["wall", ...], {"wall": 0, ...} or a config.json of the
+    Hugging Face hub, with the classes' numbers and not the masks' ids.
     """
     path, info = root / "id2label.json", root / "objectInfo150.txt"
     if not path.exists():
@@ -1030,9 +1015,9 @@ def read_classes(root, zero_is_class):
             if type(value) is int:
                 key, value = value, key
             names[int(key)] = value
-    if not names or sorted(names) != list(range(len(table))) or len(names) > IGNORED:
+    if not names or sorted(names) != list(range(len(table))) or len(names) >= IGNORED:
         raise UserError(f'{shown(path)}: must be {{"0": "name", "1": "name", ...}}, with each id '
-                        f"from 0 on once, without a gap, {IGNORED - 1} at most")
+                        "from 0 on once, without a gap, for at most 254 classes")
     for k, name in names.items():
         one_line = isinstance(name, str) and len(name.strip().splitlines()) == 1
         if not one_line or len(name) > 200:
@@ -1079,10 +1064,9 @@ class Shapes(EpochDataset):
     """Textured shapes on two textured grounds, drawn and not stored.
 
     Image i of a split is a pure function of (split, i). Colour narrows a shape down to two classes
-    and no further: disc and pearl share a family of hues, square and star, ring and cross; only the
-    triangle has its own. A "pearl" is a disc that lies inside a square. The grounds have any
-    greyish colour and differ in texture (a wave or none). Items as those of FolderSegmentation; in
-    training the scale is drawn from 0.8..1.25.
+    and no further: disc and pearl (a disc inside a square) share a family of hues, square and star,
+    ring and cross; only the triangle has its own. The grounds have any greyish colour and differ in
+    texture. Items as those of FolderSegmentation; in training the scale is drawn from 0.8..1.25.
     """
     classes = ["plain ground", "striped ground", "disc", "square", "triangle", "star", "ring",
                "cross", "pearl"]
@@ -1090,6 +1074,7 @@ class Shapes(EpochDataset):
     colors = np.array([[150, 150, 160], [95, 105, 130], [230, 60, 60], [250, 170, 40],
                        [245, 235, 90], [80, 190, 90], [60, 200, 220], [70, 100, 235],
                        [215, 110, 230]], np.uint8)
+    HUES = {2: 0.0, 8: 0.0, 3: 0.33, 5: 0.33, 6: 0.62, 7: 0.62, 4: 0.83}    # of the shapes
     SIZE = 64
     COUNT = {"train": 1000, "val": 100}
 
@@ -1161,15 +1146,12 @@ def _paint(rng, image, labels, x, y, kind, center, radius, turn):
         7: lambda: (np.minimum(abs(u), abs(v)) < 0.26) & (np.maximum(abs(u), abs(v)) < 0.9),
         8: lambda: r < 0.9,
     }[kind]()
-    hue = HUES[kind] + rng.uniform(-0.06, 0.06)
+    hue = Shapes.HUES[kind] + rng.uniform(-0.06, 0.06)
     color = colorsys.hsv_to_rgb(hue, rng.uniform(0.6, 1), rng.uniform(0.5, 0.9))
     texture = _texture(rng, x, y, rng.choice(["plain", "striped", "speckled"]),
                        255 * np.array(color))
     image[inside] = texture[inside]
     labels[inside] = kind
-
-
-HUES = {2: 0.0, 8: 0.0, 3: 0.33, 5: 0.33, 6: 0.62, 7: 0.62, 4: 0.83}    # of the shapes, by class
 
 
 def _texture(rng, x, y, kind, color=None):
@@ -1209,21 +1191,19 @@ class TinyImageNet(EpochDataset):
     val_annotations.txt) or restructured. The class is the position in the sorted folder names of
     train/, always. Grey images become RGB.
 
-    Training is DeiT's recipe (Touvron et al. 2021, table 9), part by part: random resized crop
-    (bicubic), flip, RandAugment, jitter 0.4, random erasing 0.25. jitter acts only without
+    Training is DeiT's recipe (Touvron et al. 2021, table 9), part by part. jitter acts only without
     rand_augment: timm drops it where an auto-augmentation is on, and so did the published runs.
     RandAugment is torchvision's at the magnitude, fill and bicubic sampling of the recipe's
     rand-m9-mstd0.5-inc1; it differs from timm's in these points: both of the 2 operations always
     act (timm: each with probability 1/2), at 9 of 10 (timm: normal around 9, deviation 0.5);
     posterize keeps 4 bits (timm: 1); the list has Identity, but neither Invert nor SolarizeAdd.
 
-    Evaluation: short side to S / 0.875 (bicubic), centre S x S. At S = 64 a 64 x 64 image thus
-    becomes 73 x 73 and its border of 4-5 pixels is not seen, which matches the magnification of
-    the training crops.
+    Evaluation: short side to S / 0.875 (bicubic), centre S x S. At S = 64 the border of a 64 x 64
+    image is not seen, which matches the magnification of the training crops.
     """
 
-    def __init__(self, root, split, image_size=224, train=None, seed=0, resized_crop=True,
-                 flip=True, rand_augment=True, jitter=0.4, erase=0.25):
+    def __init__(self, root, split, image_size=224, train=None, seed=0, rand_augment=True,
+                 jitter=0.4, erase=0.25):
         self.root, self.seed = Path(root), seed
         files = class_folders(self.root / "train")
         self.classes = list(files)
@@ -1235,12 +1215,10 @@ class TinyImageNet(EpochDataset):
             self.paths += [(path, label) for path in files[name]]
         train = split == "train" if train is None else train
         bicubic = {"interpolation": v2.InterpolationMode.BICUBIC}
-        steps = [v2.Resize(int(image_size / 0.875), **bicubic), v2.CenterCrop(image_size)]
-        if train:
-            if resized_crop:
-                steps = [v2.RandomResizedCrop(image_size, **bicubic)]
-            if flip:
-                steps.append(v2.RandomHorizontalFlip())
+        if not train:
+            steps = [v2.Resize(int(image_size / 0.875), **bicubic), v2.CenterCrop(image_size)]
+        else:
+            steps = [v2.RandomResizedCrop(image_size, **bicubic), v2.RandomHorizontalFlip()]
             if rand_augment:    # 11 bins put torchvision's magnitudes on timm's scale of 0..10
                 steps.append(v2.RandAugment(2, 9, num_magnitude_bins=11, fill=[124, 116, 104],
                                             **bicubic))
@@ -1251,9 +1229,6 @@ class TinyImageNet(EpochDataset):
         if train and erase:
             steps.append(v2.RandomErasing(erase, scale=(0.02, 1 / 3), value="random"))
         self.transform = v2.Compose(steps)
-
-    def __len__(self):
-        return len(self.paths)
 
     def fingerprint(self):
         """Names and sizes of the files of both splits, wherever they lie."""
@@ -1318,8 +1293,7 @@ def mixup_cutmix(images, labels, num_classes, seed, mixup=0.8, cutmix=1.0, smoot
     """
     rng = np.random.default_rng(seed)
     share = 1.0
-    use_cutmix = cutmix > 0 and (mixup <= 0 or rng.random() < 0.5)
-    if use_cutmix:
+    if cutmix > 0 and (mixup <= 0 or rng.random() < 0.5):
         h, w = images.shape[-2:]
         side = math.sqrt(1 - rng.beta(cutmix, cutmix))
         half_h, half_w = int(h * side) // 2, int(w * side) // 2
@@ -1392,10 +1366,9 @@ def contact_sheet(rows, path, titles=(), classes=(), colors=(), side=320):
     for row, texts in itertools.zip_longest(rows, titles, fillvalue=()):
         top = LINE if texts else GAP
         strip = Image.new("RGB", (width, top + max(len(picture) for picture in row)), "white")
-        for k, text in enumerate(texts):
+        for k, (picture, text) in enumerate(itertools.zip_longest(row, texts, fillvalue="")):
             text = drawable(text, font, column - GAP)
             ImageDraw.Draw(strip).text((GAP + k * column, 2), text, "black", font)
-        for k, picture in enumerate(row):
             if picture.ndim == 2:
                 picture = colorize(picture, colors)
             strip.paste(Image.fromarray(picture), (GAP + k * column, top))
@@ -1482,7 +1455,7 @@ def plot(path, series, x_label, y_label, lines=True):
     for x, y, text, ink in labels:
         text = drawable(text, font, 400)
         tries = [((x + 14, y), "lm"), ((x - 14, y), "rm"), ((x, y - 14), "ms"), ((x, y + 14), "mt")]
-        for spot, anchor in [*tries, tries[0]]:    # the first place where there is nothing so far
+        for spot, anchor in tries:    # the first place where there is nothing so far, or the last
             box = sheet.crop(draw.textbbox(spot, text, font, anchor))
             if min(darkest for darkest, _ in box.getextrema()) >= 228:
                 break
@@ -1528,47 +1501,51 @@ def open_splits(root, zero_is_class):
             dataset.transform = v2.PILToTensor()    # the images as they are stored
         return datasets
     layout, datasets, classes = LAYOUTS[find_layout(root)], {}, None
-    for split, name in zip(("train", "val"), layout.splits):
-        if (root / layout.images.format(name)).parent.is_dir():
-            dataset = FolderSegmentation(root, split, zero_is_class=zero_is_class, strict=False,
-                                         classes=classes)
-            datasets[split], classes = dataset, dataset.classes
+    splits = [split for split, name in zip(("train", "val"), layout.splits)
+              if (root / layout.images.format(name)).parent.is_dir()]
+    for split in splits or ["train"]:
+        dataset = FolderSegmentation(root, split, zero_is_class=zero_is_class, strict=False,
+                                     classes=classes)
+        datasets[split], classes = dataset, dataset.classes
     print(f"layout: {dataset.layout} ({layout.images}, {layout.masks}); {dataset.rule}")
     return datasets
 
 
-def check(split, dataset):
-    """Read every item of a split and print what they hold.
+def check(split, dataset, problems, notes):
+    """Read every item of a split and print what they hold. -> indices of the good items
 
-    -> messages on bad files, notes on odd labels, indices of the good items
+    Messages on bad files are added to problems, what is odd about the labels to notes.
     """
     def measure(index):
         try:
             image, labels, *_ = dataset[index]
         except UserError as error:
             return str(error)
-        return *image.shape[:0:-1], index, np.bincount(np.ravel(labels), minlength=256)
+        if torch.is_tensor(labels):
+            labels = np.bincount(labels.flatten(), minlength=256)
+        return image.shape[2], image.shape[1], index, labels
 
     with ThreadPoolExecutor() as pool:    # Pillow frees the interpreter while it decodes
         results = pool.map(measure, range(len(dataset)))
         results = list(tqdm(results, split, len(dataset), disable=None))
-    problems = dataset.problems + [result for result in results if isinstance(result, str)]
+    problems += dataset.problems + [result for result in results if isinstance(result, str)]
     good = [result for result in results if not isinstance(result, str)]
     print(f"{split}: {len(dataset)} images, {len(good)} of them good")
     if not good:
-        return problems, [], []
-    widths, heights, indices, counts = zip(*good)
+        return []
+    widths, heights, indices, labels = zip(*good)
     for name, values in (("width", widths), ("height", heights)):
         print(f"  {name:6} min {min(values)}, median {np.median(values):.0f}, max {max(values)}")
     if isinstance(dataset, TinyImageNet):
-        sizes = np.bincount([label for _, label in dataset.paths])
+        sizes = np.bincount(labels, minlength=dataset.num_classes)
         print(f"  {dataset.num_classes} classes of {sizes.min()} to {sizes.max()} images")
-        return problems, [], indices
-    print_labels(dataset, np.stack(counts))
+        return indices
+    print_labels(dataset, np.stack(labels))
     try:
-        return problems, dataset.judge(sum(counts)), indices
+        notes += dataset.judge(sum(labels))
     except UserError as error:
-        return [*problems, str(error)], [], indices
+        problems.append(str(error))
+    return indices
 
 
 def print_labels(dataset, counts):
@@ -1590,10 +1567,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     problems, notes, pictures, titles = [], [], [], []
     for split, dataset in open_splits(args.path, args.zero_is_class).items():
-        bad, odd, indices = check(split, dataset)
-        problems += bad
-        notes += odd
-        for index in some(indices, 4):
+        for index in some(check(split, dataset, problems, notes), 4):
             image, label, *_ = dataset[index]
             pictures.append(fitted(image.permute(1, 2, 0)))
             if isinstance(label, int):
