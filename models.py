@@ -719,8 +719,7 @@ def lock_folder(output):
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):      # what a held lock gives
             lock.seek(0)
-            holder = lock.read(200).strip() or "a process without a name"
-            raise UserError(f"{output}: another run is writing here ({holder}); "
+            raise UserError(f"{output}: another run is writing here ({lock.read(200).strip()}); "
                             "wait for it or choose another --output-dir")
         except OSError as error:
             print(f"note: {output} cannot be locked ({error.strerror}); "
@@ -1140,14 +1139,12 @@ class Format:
 
     keys: the encoder's rows; heads: rows for each word of --head and for "cls", which go first;
     prefix: of the encoder's names, where the head's have none; dialect: changes of theirs in keys;
-    dead: names that the files carry and no forward pass uses; linear: our 1x1 convolutions that are
-    Linear layers there (conv1d: Conv1d)."""
+    linear: our 1x1 convolutions that are Linear layers there (conv1d: Conv1d)."""
     name: str
     keys: str | None = None
     heads: dict = field(default_factory=dict)
     prefix: str = ""
     dialect: tuple = ()
-    dead: str = r"$^"
     linear: str = r"\.(q|kv|proj|fc1|fc2|qkv|reduction|projections\.\d|low_level)$"
     conv1d: bool = False
 
@@ -1203,20 +1200,16 @@ def key_rows(table, dialect=()):
 CLS = {"cls": "head.fc head"}
 CLS_SWIN = {"cls": "3.norm norm\n head.fc head"}
 TIMM_STEM = "0.embed.conv patch_embed.proj\n 0.embed.norm patch_embed.norm"
-TASK_NORMS = r"encoder\.stages\.\d\.norm\."     # Swin and Next-ViT: not the same for the two tasks
 MSCAN_KIND = dict(linear=r"$^")
-NEXT_KIND = dict(linear=r"attn\.(q|k|v|proj)$",
-                 dead=r"(backbone\.)?(extra_norm_list\.3|proj_head)\.")
-SWIN_KIND = dict(dead=r".*\.(relative_position_index|attn_mask)$|(backbone\.)?norm\d?\.")
+NEXT_KIND = dict(linear=r"attn\.(q|k|v|proj)$")
 DEST_KIND = dict(linear=r"\.(q|k|proj|fc1\.conv|fc2)$", conv1d=True)
 HUB = "Hugging Face SegFormer"
 FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's share all names)
-    Format("own checkpoint", dead=TASK_NORMS),
+    Format("own checkpoint"),
     Format(HUB, HF_SEGFORMER, HF_HEADS, "segformer.encoder."),
     Format("Hugging Face SegFormer encoder", HF_SEGFORMER),
     Format("SegFormer / PVTv2 encoder", MIT, CLS),
-    Format("SegFormer / PVTv2 / Lawin segmentor", MIT, MMSEG_HEADS, "backbone.",
-           dead=r"decode_head\.conv_seg\."),
+    Format("SegFormer / PVTv2 / Lawin segmentor", MIT, MMSEG_HEADS, "backbone."),
     Format("mmsegmentation SegFormer encoder", MIT, dialect=MIT_MMSEG),
     Format("original project", LITE, LITE_HEADS, "segformer.encoder.",
            linear=r"\.(q|kv|proj|projections\.\d)$"),
@@ -1228,10 +1221,10 @@ FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's s
     Format("Next-ViT encoder", NEXT_VIT, {"cls": "head.fc proj_head.0"}, **NEXT_KIND),
     Format("Next-ViT segmentor", NEXT_VIT, MMSEG_HEADS, "backbone.", **NEXT_KIND),
     Format("timm Next-ViT", NEXT_VIT, {"cls": "head.fc head.fc"}, "", NEXT_VIT_TIMM, **NEXT_KIND),
-    Format("Swin encoder", SWIN, CLS_SWIN, **SWIN_KIND),
-    Format("Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", **SWIN_KIND),
-    Format("timm Swin", SWIN, {"cls": "3.norm norm\n head.fc head.fc"}, "", SWIN_TIMM, **SWIN_KIND),
-    Format("torchvision Swin", SWIN, CLS_SWIN, dialect=SWIN_TORCHVISION, **SWIN_KIND),
+    Format("Swin encoder", SWIN, CLS_SWIN),
+    Format("Swin segmentor", SWIN, MMSEG_HEADS, "backbone."),
+    Format("timm Swin", SWIN, {"cls": "3.norm norm\n head.fc head.fc"}, "", SWIN_TIMM),
+    Format("torchvision Swin", SWIN, CLS_SWIN, dialect=SWIN_TORCHVISION),
     Format("DEST depth encoder", DEST, CLS, **DEST_KIND),
     Format("DEST encoder", DEST, CLS, dialect=DEST_SEG, **DEST_KIND),
     Format("DEST segmentor", DEST, MMSEG_HEADS, "backbone.", DEST_SEG, **DEST_KIND),
@@ -1239,6 +1232,10 @@ FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's s
 # Of any file, and may be left unread: heads, and what belongs to a loss
 HEADS = re.compile(r"(head|classifier|decode_head|auxiliary_head|neck|proj_head)\.")
 LOSSES = re.compile(r"(criterion|loss)\w*\.")
+# What no forward pass reads; and norms that Swin and Next-ViT have for one of the two tasks alone
+DEAD = re.compile(r".*\.(relative_position_index|attn_mask)$|decode_head\.conv_seg\."
+                  r"|(backbone\.)?(norm\d?|extra_norm_list\.3|proj_head)\.")
+TASK_NORMS = re.compile(r"encoder\.stages\.\d\.norm\.")
 
 
 # ---- Reading and writing them --------------------------------------------------------------------
@@ -1275,20 +1272,18 @@ def load_pretrained(model, source):
     path, state, trained = read_weights(source)
     form, prefix = recognise(model, state)
     if form is None:
-        known = ", ".join(f.name for f in FORMATS)
         raise UserError(f"{path}: none of its {len(state)} tensors ({', '.join(state)[:99]} "
-                        f"...) has a name of a known format; these are: {known}")
+                        f"...) has a name of a format that {model.spec} is known in")
     outside = [name for name in state if not name.startswith(prefix) and not counter(name)]
     state = {name.removeprefix(prefix): value for name, value in state.items()
              if name.startswith(prefix)}
     found, misfits, missing = match(model, state, form)
-    fresh = settle_head(model, state, form, found, misfits, missing)
+    fresh = settle_head(model, state, found, misfits, missing)
     if model.task == "seg" and STAGE_NORM[SIZES[model.spec.size].stage_norm][1] == "seg":
-        fresh += [key for key in missing if re.match(TASK_NORMS, key)]
-
+        fresh += [key for key in missing if TASK_NORMS.match(key)]
     missing = [key for key in missing if key not in fresh]
     wrong = [key for key in misfits if key not in fresh]
-    left = unused(state, form, found | misfits)
+    left = unused(state, found | misfits)
     foreign = [name for name in left if not HEADS.match(name) and not LOSSES.match(name)]
     if wrong or missing or foreign:
         remedy = "give the --model and the words that it was trained with"
@@ -1350,12 +1345,11 @@ def largest_table(content):
     """The largest table of named tensors in nested tables; of two, a moving average's."""
     best, best_rank = {}, (0, False)
     for name, table in walk(content):
-        items = table.items() if isinstance(table, dict) else ()
-        tensors = {key: value for key, value in items
-                   if isinstance(key, str) and isinstance(value, torch.Tensor)}
-        rank = len(tensors), re.search("ema|teacher", str(name)) is not None
-        if rank > best_rank:
-            best, best_rank = tensors, rank
+        if isinstance(table, dict):
+            tensors = {key: value for key, value in table.items()
+                       if isinstance(key, str) and isinstance(value, torch.Tensor)}
+            rank = len(tensors), re.search("ema|teacher", str(name)) is not None
+            best, best_rank = max((best, best_rank), (tensors, rank), key=lambda pair: pair[1])
     return best
 
 
@@ -1377,30 +1371,25 @@ def recognise(model, state):
 
 
 def match(model, state, form):
-    """-> {our name: their names} of what fits, the same of another shape, what the file lacks."""
+    """-> {our name: their names} of what fits, the same of another shape, what the file lacks. A
+    Linear, a Conv1d and a 1x1 convolution hold the same matrix: axes of size 1 do not count."""
+    def sizes(tensor):
+        return [n for n in tensor.shape if n != 1]
+
     found, misfits, missing = {}, {}, []
     names_of = form.names(model)
     for key, target in model.state_dict().items():
         names = names_of.get(key, [])
-        if not names or not all(name in state for name in names):
-            if not counter(key):
-                missing.append(key)
-        elif fits([state[name].shape for name in names], target.shape):
-            found[key] = names
-        else:
-            misfits[key] = names
+        if names and all(name in state for name in names):
+            part = target.chunk(len(names))[0] if len(names) > 1 else target
+            fits = all(sizes(state[name]) == sizes(part) for name in names)
+            (found if fits else misfits)[key] = names
+        elif not counter(key):
+            missing.append(key)
     return found, misfits, missing
 
 
-def fits(shapes, target):
-    """Whether tensors, stacked, have the target's shape, up to axes of size 1: a Linear, a Conv1d
-    and a 1x1 convolution hold the same matrix."""
-    height, rest = sum(shape[:1].numel() for shape in shapes), shapes[0][1:]
-    return (all(shape[1:] == rest for shape in shapes)
-            and [n for n in (height, *rest) if n != 1] == [n for n in target if n != 1])
-
-
-def settle_head(model, state, form, found, misfits, missing):
+def settle_head(model, state, found, misfits, missing):
     """-> the head's names that stay fresh: a classifier of another class count alone; a head that
     the file lacks, or has of another kind, as a whole, although single tensors may fit."""
     head = [key for key in model.state_dict() if key.startswith("head.")]
@@ -1408,7 +1397,7 @@ def settle_head(model, state, form, found, misfits, missing):
     other = any(key in misfits and key not in fresh for key in head)
     absent = not any(key in found or key in fresh for key in head)
     lacking = any(key in missing for key in head)
-    left = any(HEADS.match(name) for name in unused(state, form, found | misfits))
+    left = any(HEADS.match(name) for name in unused(state, found | misfits))
     if not (other or absent or lacking and left):
         return fresh
     for key in head:
@@ -1417,11 +1406,11 @@ def settle_head(model, state, form, found, misfits, missing):
     return [key for key in head if not counter(key)]
 
 
-def unused(state, form, used):
+def unused(state, used):
     """The file's names that mean anything and are not in {our name: their names}."""
     used = set(itertools.chain(*used.values()))
-    return [name for name in state
-            if name not in used and not re.match(form.dead, name) and not counter(name)]
+    return [name for name in state if not (name in used or DEAD.match(name)
+                                           or TASK_NORMS.match(name) or counter(name))]
 
 
 def counter(name):
