@@ -27,7 +27,6 @@ import models
 from layers import UserError
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-NOT_FINITE = "the model's output is not finite; its weights are damaged, or too large for fp16"
 
 
 @contextmanager
@@ -58,7 +57,8 @@ def refuse_not_finite(flags, names):
     good = torch.cat(flags).tolist() if flags else []
     bad = [name for name, is_good in zip(names, good) if not is_good]
     if bad:
-        raise UserError(f"{data.shown(bad[0])}: {NOT_FINITE} ({len(bad)} such images)")
+        raise UserError(f"{data.shown(bad[0])}: the model's output is not finite ({len(bad)} such "
+                        "images); its weights are damaged, or too large for fp16")
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -112,8 +112,7 @@ class ConfusionMatrix:
         return self.figures()["Acc"]
 
     def summary(self):
-        """{"aAcc", "mIoU", "mAcc"} in percent, the means without classes that do not occur, and the
-        mean "val_loss"."""
+        """{"aAcc", "mIoU", "mAcc"} in percent, of the classes that occur, and the "val_loss"."""
         if not self.counts.any():
             raise UserError("the masks of this split hold no labelled pixel: nothing to measure")
         right = self.counts.diag().sum().double() / self.counts.sum()
@@ -203,8 +202,7 @@ def predict(model, image, size=None, **protocol):
     protocol.setdefault("short_side", getattr(model, "size", None))
     batch = image.to(next(model.parameters()).device).reshape(-1, *image.shape[-3:])
     _, classes, finite = segment(model, batch, size or image.shape[-2:], **protocol)
-    if not finite.all():
-        raise UserError(NOT_FINITE)
+    refuse_not_finite([finite], ["the image"] * len(finite))
     return classes.reshape(*image.shape[:-3], *classes.shape[1:])
 
 
@@ -285,8 +283,8 @@ def picture_files(source, folder):
     if not source.exists():
         raise UserError(f"--images {data.shown(source)}: no such file or folder")
     if folder.resolve() == (source if source.is_dir() else source.parent).resolve():
-        raise UserError(f"--save-dir {data.shown(folder)}: holds the images, which could be "
-                        "overwritten; choose another folder")
+        raise UserError(f"--save-dir {data.shown(folder)}: the images here could be overwritten; "
+                        "choose another folder")
     if not source.is_dir():
         return {source.stem: source}
     found, problems = data.scan(source, data.IMAGE_FILES)
@@ -304,8 +302,6 @@ def save_pictures(model, args, processes, protocol):
     NAME.npz, soft-maxes float16 (K, h, w) at the network's resolution."""
     folder = Path(args.save_dir)
     files = picture_files(Path(args.images), folder)
-    with data.writing("--save-dir", folder):
-        folder.mkdir(parents=True, exist_ok=True)
     bad = []
     share = list(files.items())[processes.rank::processes.world]
     for name, path in data.progress(share, "drawing", processes.rank):
@@ -339,9 +335,7 @@ def draw(model, pixels, classes, target):
     TARGET_overlay.png: the image (H, W, 3) under the colours, and a legend."""
     colors = data.distinct_colors(model.num_classes) if model.colors is None else model.colors
     label = Image.fromarray((classes + model.first_id).astype(np.uint8))
-    palette = np.zeros((256, 3), np.uint8)
-    palette[model.first_id:][:len(colors)] = colors
-    label.putpalette(palette.tobytes())
+    label.putpalette(bytes(3 * model.first_id) + colors.tobytes())
     label.save(f"{target}.png")
     seen = np.unique(classes)
     overlay = pixels // 2 + data.colorize(classes, colors) // 2
@@ -411,11 +405,11 @@ def load_model(args, dataset, quiet):
         raise UserError(f"{args.pretrain}: has no trained {report.fresh[0]} for "
                         f"{model.num_classes} classes; fine-tune it first")
     known = {"args": {"zero_is_class": args.zero_is_class}}
-    if model.num_classes == 150:
-        known["colors"] = data.ADE20K_COLORS.tolist()
     if dataset and args.task == "seg":
         known |= {"classes": dataset.classes, "colors": dataset.colors.tolist(),
                   "first_id": dataset.first_id}
+    elif model.num_classes == 150:
+        known["colors"] = data.ADE20K_COLORS.tolist()
     return models.know(model, known)
 
 

@@ -118,13 +118,10 @@ def record(row, formula, module, inputs, out):
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def built(spec, args):
-    return models.build(spec.name, args.task, args.num_classes, **spec.overrides)
-
-
 def prepare(spec, size, args, device):
     """A function that runs a model's inference form once on random images, and waits."""
-    model = models.fuse(built(spec, args)).to(device, memory_format=torch.channels_last)
+    model = models.build(spec.name, args.task, args.num_classes, **spec.overrides)
+    model = models.fuse(model).to(device, memory_format=torch.channels_last)
     if args.compile:
         model = torch.compile(model)
     images = torch.randn(args.batch_size, 3, *size, device=device)
@@ -179,7 +176,7 @@ def conditions(args, device):
 def figures(spec, size, args):
     """What --json writes for one model: exact integers."""
     with torch.device("meta"):
-        model = built(spec, args)
+        model = models.build(spec.name, args.task, args.num_classes, **spec.overrides)
     counted = count(models.fuse(model) if args.fused else model, size)
     parts = {part: {"params": p, "macs": m} for part, (p, m) in counted.by_part().items()}
     result = {"model": str(spec), "task": args.task, "num_classes": args.num_classes,
