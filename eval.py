@@ -54,11 +54,10 @@ def stacked(tensors, device):
 
 def refuse_not_finite(flags, names):
     """flags: whether the outputs for each image are finite, a tensor (B,) a batch, read at once."""
-    good = torch.cat(flags).tolist() if flags else []
-    bad = [name for name, is_good in zip(names, good) if not is_good]
+    bad = (~torch.cat(flags)).nonzero().flatten().tolist() if flags else []
     if bad:
-        raise UserError(f"{data.shown(bad[0])}: the model's output is not finite ({len(bad)} such "
-                        "images); its weights are damaged, or too large for fp16")
+        raise UserError(f"{data.shown(names[bad[0]])}: the model's output is not finite ({len(bad)} "
+                        "such images); its weights are damaged, or too large for fp16")
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
