@@ -56,8 +56,8 @@ def refuse_not_finite(flags, names):
     """flags: whether the outputs for each image are finite, a tensor (B,) a batch, read at once."""
     bad = (~torch.cat(flags)).nonzero().flatten().tolist() if flags else []
     if bad:
-        raise UserError(f"{data.shown(names[bad[0]])}: the model's output is not finite ({len(bad)} "
-                        "such images); its weights are damaged, or too large for fp16")
+        raise UserError(f"{data.shown(names[bad[0]])}: the model's output is not finite "
+                        f"({len(bad)} such images); damaged weights, or too large for fp16?")
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -356,8 +356,8 @@ def arguments(argv=None):
     add("--data-path", help="data set, see data.py (default: the embedded shapes)")
     add("--split", choices=["train", "val"], default="val", help="default val")
     add("--zero-is-class", action="store_true", help="id k of a mask is class k, not class k-1")
-    add("--size", type=models.count, help="short side that the network sees, 0: as the images are "
-        "stored (default: as in the checkpoint's training, else 512; cls 224)")
+    add("--size", type=models.count,
+        help="short side for the network, 0: as stored (default: as trained, else 512; cls 224)")
     add("--size-divisor", type=whole, help="sides up to a multiple of this (32: +0.5 mIoU or more)")
     add("--scales", type=models.positive, nargs="+", default=[1.0],
         help="multi-scale test, e.g. 0.5 0.75 1 1.25 1.5 1.75 (default 1)")
@@ -365,8 +365,7 @@ def arguments(argv=None):
     add("--slide", type=whole, nargs=2, metavar=("CROP", "STRIDE"), help="average over windows")
     add("--images", help="draw this image, or all of this folder, instead of measuring")
     add("--save-dir", default="pictures", help="where --images writes (default pictures)")
-    add("--probabilities", action="store_true",
-        help="--images adds NAME.npz: float16 soft-maxes at the network's resolution")
+    add("--probabilities", action="store_true", help="--images adds NAME.npz, float16 soft-maxes")
     add("--json", nargs="?", const="-", metavar="FILE",
         help="write the figures to FILE as well, or print them instead of the table")
     add("--batch-size", type=whole, default=1, help="of each process (default 1)")
@@ -378,14 +377,12 @@ def arguments(argv=None):
 
     if not args.checkpoint and not (args.model and args.pretrain):
         raise UserError("give either --checkpoint FILE, or --model NAME with --pretrain FILE")
-    if args.checkpoint:
-        known = "data_path zero_is_class" if args.images else ""
-        models.no_effect(args, "with --checkpoint, which knows it",
-                         f"model pretrain task num_classes {' '.join(models.SLOTS)} {known}")
-    if args.images:
-        models.no_effect(args, "with --images", "json split batch_size workers")
-    else:
-        models.no_effect(args, "without --images", "save_dir probabilities")
+    models.no_effect(args, args.checkpoint, "with --checkpoint, which knows it",
+                     f"model pretrain task num_classes {' '.join(models.SLOTS)}")
+    models.no_effect(args, args.checkpoint and args.images, "on a checkpoint's pictures",
+                     "data_path zero_is_class")
+    models.no_effect(args, args.images, "with --images", "json split batch_size workers")
+    models.no_effect(args, not args.images, "without --images", "save_dir probabilities")
     if args.slide and args.slide[0] < args.slide[1]:
         raise UserError("--slide: needs CROP >= STRIDE, else there would be gaps")
     return args
@@ -487,9 +484,8 @@ def main(argv=None):
         data.try_writing("--json", args.json)
     dataset = open_dataset(args, args.task, {}) if args.pretrain and args.data_path else None
     model = load_model(args, dataset, quiet)
-    if model.task == "cls":
-        models.no_effect(args, "on a classifier",
-                         "images scales flip slide size_divisor zero_is_class")
+    models.no_effect(args, model.task == "cls", "on a classifier",
+                     "images scales flip slide size_divisor zero_is_class")
     model = models.fuse(model).to(processes.device, memory_format=torch.channels_last)
     short_side = (model.size or 512) if args.size is None else args.size or None
     protocol = {"short_side": short_side, "scales": args.scales, "flip": args.flip,

@@ -272,8 +272,7 @@ def arguments(argv=None):
         help="512, 512x1024 or 512 1024: height, width (default 512)")
     add("--sizes", type=height_width, nargs="+", metavar="SIZE", help="several, of one model")
     add("--fused", action="store_true", help="count with BatchNorm folded and decoder merged")
-    add("--latency", type=whole, nargs="?", const=30, metavar="RUNS",
-        help="time the inference form (default 30 runs)")
+    add("--latency", type=whole, nargs="?", const=30, metavar="RUNS", help="times, of 30 runs or RUNS")
     add("--batch-size", type=whole, default=1, help="of --latency (default 1)")
     add("--amp", choices=list(DTYPES), default="off", help="of --latency (default off)")
     add("--compile", action="store_true", help="of --latency: torch.compile the models")
@@ -286,16 +285,13 @@ def arguments(argv=None):
         help="write exact integers to FILE as well, or print them instead of the table")
     args = parser.parse_args(argv)
     args.defaults = vars(parser.parse_args([]))
-    if args.all or args.rows or args.accuracy:
-        models.no_effect(args, "on a comparison", f"sizes model {' '.join(models.SLOTS)}")
-    else:
-        models.no_effect(args, "without --all or --rows", "baseline plot")
-    if args.sizes:
-        models.no_effect(args, "with --sizes", "size")
-    if not args.latency:
-        models.no_effect(args, "without --latency", "batch_size amp compile threads device")
-    if not args.plot:
-        models.no_effect(args, "without --plot", "accuracy")
+    compared = args.all or args.rows or args.accuracy
+    models.no_effect(args, compared, "on a comparison", f"sizes model {' '.join(models.SLOTS)}")
+    models.no_effect(args, not compared, "without --all or --rows", "baseline plot")
+    models.no_effect(args, args.sizes, "with --sizes", "size")
+    models.no_effect(args, not args.latency, "without --latency",
+                     "batch_size amp compile threads device")
+    models.no_effect(args, not args.plot, "without --plot", "accuracy")
     if args.accuracy:
         args.accuracy = read_accuracy(args.accuracy)
         args.rows = [specs(name) for name in args.accuracy]

@@ -501,11 +501,11 @@ count = bounded(int, lambda v: v >= 0, "must be a whole number, at least 0")
 share = bounded(float, lambda v: 0 <= v < 1, "must be a number, at least 0 and below 1")
 
 
-def no_effect(args, why, names):
+def no_effect(args, when, why, names):
     """A flag that would change nothing is an error: its user believes that it does. args.defaults:
-    {name: value} of all flags; names: those without effect, separated by blanks."""
+    {name: value} of all flags; names: those without effect where `when` holds, with blanks."""
     given = ["--" + name.replace("_", "-") for name in names.split()
-             if getattr(args, name) != args.defaults[name]]
+             if when and getattr(args, name) != args.defaults[name]]
     if given:
         raise UserError(f"{' '.join(given)}: no effect {why}; leave it out")
 
