@@ -2450,26 +2450,23 @@ def test_confusion_matrix_against_brute_force():
     matrix = eval.ConfusionMatrix(5)
     for l, p in zip(label, pred):
         matrix.update(p, l.to(torch.uint8))
+    pairs = [(l, p) for l, p in zip(label.flatten().tolist(), pred.flatten().tolist()) if l != 255]
+    assert matrix.counts.tolist() == [[pairs.count((l, p)) for p in range(5)] for l in range(5)]
     for k in range(5):
-        inside = sum(1 for l, p in zip(label.flatten().tolist(), pred.flatten().tolist()) if l == p == k)
-        union = sum(1 for l, p in zip(label.flatten().tolist(), pred.flatten().tolist()) if l != 255 and k in (l, p))
-        total = (label == k).sum().item()
-        predicted = ((pred == k) & (label != 255)).sum().item()
-        got = [values[k].item() for values in (matrix.iou(), matrix.accuracy(), *list(matrix.figures().values())[2:])]
+        hits, labelled, predicted = pairs.count((k, k)), sum(l == k for l, _ in pairs), sum(p == k for _, p in pairs)
         expected = [math.nan] * 4
         if k < 4:
-            expected = [inside / union, inside / total, inside / predicted, 2 * inside / (total + predicted)]
-        assert got == pytest.approx(expected, nan_ok=True)
-    cells = {(a, b): ((label == a) & (pred == b)).sum().item() for a in range(4) for b in range(4) if a != b}
-    found, most = matrix.confusions(), sorted(cells.values())[:-4:-1]
-    assert [cells[a, b] for a, b, _ in found] == most
-    assert [share * (label != 255).sum().item() for _, _, share in found] == pytest.approx(most)
+            expected = [hits / sum(k in pair for pair in pairs), hits / labelled, hits / predicted,
+                        2 * hits / (labelled + predicted)]
+        assert [values[k].item() for values in matrix.figures().values()] == pytest.approx(expected, nan_ok=True)
+    most = sorted((pairs.count((a, b)) for a in range(4) for b in range(4) if a != b), reverse=True)[:3]
+    found = matrix.confusions()
+    assert [pairs.count((a, b)) for a, b, _ in found] == most
+    assert [share * len(pairs) for _, _, share in found] == pytest.approx(most)
     assert matrix.summary()["mIoU"] == pytest.approx(100 * matrix.iou()[:4].mean().item())
-    assert matrix.counts.dtype == torch.int64 and matrix.counts.sum() == (label != 255).sum()
     matrix.counts += 2 ** 40                            # far beyond what float32 can count
-    before = matrix.counts.sum()
     matrix.update(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
-    assert matrix.counts.sum() == before + 1
+    assert matrix.counts[0, 0] == 2 ** 40 + pairs.count((0, 0)) + 1
     refused(lambda: eval.ConfusionMatrix(5).summary(), "no labelled pixel")
 
 
@@ -2503,29 +2500,21 @@ def test_evaluation_does_not_depend_on_batch_or_ranks(small_model, protocol):
     assert whole.loss == pytest.approx(batched.loss, rel=1e-5) == pytest.approx(mean.item(), rel=1e-5)
 
 
-def test_loss_of_evaluation_against_cross_entropy(small_model):
-    losses = []
+def test_evaluation_has_the_plain_loss_and_never_waits_for_the_device(small_model):
+    losses, waits = [], {"aten._local_scalar_dense", "aten.nonzero", "aten.bincount"}
+    with Operators() as seen:
+        matrix = eval.evaluate_seg(small_model, Pairs(), data.Processes(), 2, 0)
+    with Operators() as reading:
+        matrix.counts.sum().item()
+    assert not waits & {name for name, _ in seen.calls} and waits & {name for name, _ in reading.calls}
     for image, labels, _ in Pairs():
         logits = F.interpolate(small_model(data.normalise(image[None])).double(), labels.shape, mode="bilinear")
         losses.append(F.cross_entropy(logits, labels[None], reduction="none").flatten())
-    matrix = eval.evaluate_seg(small_model, Pairs(), data.Processes(), 2, 0)
     assert matrix.loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
-def test_evaluation_reads_the_device_once(small_model):
-    """As often for five images as for two the host waits for it."""
-    counts = []
-    for images in (2, 5):
-        with Operators() as seen:
-            eval.evaluate_seg(small_model, Pairs(images), data.Processes(), 1, 0)
-        waits = ("aten._local_scalar_dense", "aten.nonzero", "aten.bincount")
-        counts.append(sum(name in waits for name, _ in seen.calls))
-    assert 0 < counts[0] == counts[1]
-
-
 def test_outputs_that_are_not_finite_name_the_image(small_model):
-    def broken(module, inputs, output):
-        return output * (torch.nan if inputs[0].shape[-1] in (91, 41) else 1)
+    broken = lambda model, inputs, output: output * (torch.nan if inputs[0].shape[-1] in (91, 41) else 1)
     with small_model.register_forward_hook(broken):
         refused(lambda: eval.evaluate_seg(small_model, Pairs(), data.Processes(), 3, 0), "(33, 91)", "not finite",
                 "1 such")
@@ -2535,7 +2524,7 @@ def test_outputs_that_are_not_finite_name_the_image(small_model):
     sums = eval.evaluate_cls(classifier, items, data.Processes(), 2, 0)
     logits = classifier(torch.stack([image for image, _ in items]))
     assert sums["val_loss"] == pytest.approx(F.cross_entropy(logits, torch.arange(3)).item(), rel=1e-5)
-    broken = lambda *args: args[2].index_fill(0, torch.tensor([len(args[2]) - 1]), torch.inf)
+    broken = lambda model, inputs, output: output.index_fill(0, torch.tensor([len(output) - 1]), torch.inf)
     with classifier.register_forward_hook(broken):
         refused(lambda: eval.evaluate_cls(classifier, items, data.Processes(), 3, 0), "image 2", "not finite")
 
@@ -2563,31 +2552,25 @@ def test_samples_are_small(small_model, tmp_path):
 
 def test_protocol_against_the_plain_computation():
     model = models.build("segformer_b0", num_classes=4).double().eval()
-    image = Pairs()[3][0]
+    image, original = Pairs()[3][0], data.normalise
     normalised = lambda x: ((x.double() / 255 - data.MEAN) / data.STD)[None]
-    original = data.normalise
     with pytest.MonkeyPatch.context() as patch:                     # float64 through and through
         patch.setattr(data, "normalise", lambda x: original(x).double())
-        got = eval.predict(model, image, scales=(1.0, 2.0), flip=True)
-        mean = 0
-        for size in ((33, 91), (66, 182)):
-            x = normalised(eval.TF.resize(image, size, antialias=True))
-            for flip in (False, True):
-                logits = model(x.flip(-1) if flip else x)
-                full = F.interpolate(logits, (33, 91), mode="bilinear")
-                mean = mean + (full.flip(-1) if flip else full).softmax(1)
-        assert (got == mean.argmax(1)[0]).double().mean() > 0.999   # the float32 normalisation may flip a near-tie
-        got = eval.predict(model, image, slide=(32, 24))
-        total, times = torch.zeros(1, 4, 33, 91, dtype=torch.float64), torch.zeros(33, 91)
-        for y in (0, 1):
-            for x in (0, 24, 48, 59):
-                part = normalised(image)[:, :, y:y + 32, x:x + 32]
-                total[:, :, y:y + 32, x:x + 32] += F.interpolate(model(part), (32, 32), mode="bilinear")
-                times[y:y + 32, x:x + 32] += 1
-        assert (got == (total / times).argmax(1)[0]).double().mean() > 0.999
-
-
-def test_input_size():
+        views = eval.predict(model, image, scales=(1.0, 2.0), flip=True)
+        windows = eval.predict(model, image, slide=(32, 24))
+    mean = 0
+    for size in ((33, 91), (66, 182)):
+        x = normalised(eval.TF.resize(image, size, antialias=True))
+        mean = mean + F.interpolate(model(x), (33, 91), mode="bilinear").softmax(1)
+        mean = mean + F.interpolate(model(x.flip(-1)), (33, 91), mode="bilinear").flip(-1).softmax(1)
+    assert (views == mean.argmax(1)[0]).double().mean() > 0.999     # the float32 normalisation may flip a near-tie
+    total, times = torch.zeros(1, 4, 33, 91, dtype=torch.float64), torch.zeros(33, 91)
+    for y in (0, 1):
+        for x in (0, 24, 48, 59):
+            part = normalised(image)[:, :, y:y + 32, x:x + 32]
+            total[:, :, y:y + 32, x:x + 32] += F.interpolate(model(part), (32, 32), mode="bilinear")
+            times[y:y + 32, x:x + 32] += 1
+    assert (windows == (total / times).argmax(1)[0]).double().mean() > 0.999
     for arguments, expected in [(((512, 683), 512, 1, None), [512, 683]), (((100, 1000), 512, 1, None), [205, 2048]),
                                 (((600, 400), 512, 1, 32), [768, 512]), (((375, 500), 512, 0.5, 32), [256, 352]),
                                 (((375, 500), None, 1, None), [375, 500])]:
@@ -2597,13 +2580,13 @@ def test_input_size():
 @pytest.fixture(scope="module")
 def street(tmp_path_factory):
     """A tiny data set in ADE20K's layout with a checkpoint that fits it, and one that does not."""
-    root, names = make_set(tmp_path_factory.mktemp("street"), images=3), ["sky", "r\u00f6ad", "tree", "car", *"efghi"]
-    (root / "id2label.json").write_text(json.dumps(names[:4]))
+    names = ["sky", "r\u00f6ad", "tree", "car", *"efghi"]
+    root = make_set(tmp_path_factory.mktemp("street"), images=3, names=names[:4])
     torch.manual_seed(0)
     for name, classes in (("good.pt", 4), ("other.pt", 9)):
         model = models.build("segformer_b0", num_classes=classes)
         models.save_checkpoint(root / name, {
-            "spec": models.describe(model), "model": model.state_dict(), "ema": None, "classes": names[:classes],
+            "spec": models.describe(model), "model": model.state_dict(), "classes": names[:classes],
             "colors": [[3 * k + 1, 3 * k + 2, 3 * k + 3] for k in range(classes)],
             "args": {"crop": 40, "zero_is_class": False, "data_path": "street"}})
     return root
@@ -2626,17 +2609,14 @@ def test_eval_command_prints_and_writes_the_same(street, tmp_path):
 
 
 def test_eval_draws_images(street, tmp_path, capsys):
-    photos = tmp_path / "photos"
-    (photos / "a/b").mkdir(parents=True)
-    photograph, exif = Image.open(street / "images/validation/1.jpg"), Image.Exif()
-    photograph.save(photos / "1.png")
+    drawn, exif = tmp_path / "drawn", Image.Exif()
+    (tmp_path / "a/b").mkdir(parents=True)
     exif[0x0112] = 6                                                    # the camera was held upright
-    photograph.save(photos / "a/b/1.png", exif=exif)
-    call = ["--checkpoint", street / "good.pt", "--images", photos, "--save-dir", photos / "drawn", "--probabilities"]
+    for name in ("1.png", "a/b/1.png"):
+        Image.open(street / "images/validation/1.jpg").save(tmp_path / name, exif=exif if "a" in name else None)
     for _ in range(2):                                                  # the second does not draw what the first drew
-        eval.main([str(argument) for argument in call])
+        eval.main(f"--checkpoint {street}/good.pt --images {tmp_path} --save-dir {drawn} --probabilities".split())
     assert "2 label maps (ids 1..4)" in capsys.readouterr().out
-    drawn = photos / "drawn"
     label = Image.open(drawn / "1.png")
     ids = np.array(label)
     assert label.mode == "P" and ids.shape == (40, 51) and 1 <= ids.min() and ids.max() <= 4    # as in the masks
@@ -2661,27 +2641,25 @@ def test_eval_measures_the_classifier_of_the_shapes(tmp_path, capsys):
 
 
 def test_eval_mistakes_are_one_line(street, tmp_path):
-    wrong = lambda *arguments: lambda: eval.main([str(argument) for argument in arguments])
-    (tmp_path / "some").mkdir()
-    (tmp_path / "some/a.jpg").write_text("broken")
-    shutil.copy(street / "images/validation/1.jpg", tmp_path / "some/b.jpg")
-    measure = "--checkpoint", street / "good.pt", "--data-path", street, "--workers", "0"
-    draw = "--checkpoint", street / "good.pt", "--images", tmp_path / "some"
-    refused(wrong(), "--checkpoint", "--pretrain")
-    refused(wrong("--checkpoint", tmp_path / "no.pt"), "no.pt", "no such file")
-    refused(wrong("--checkpoint", street / "other.pt", "--data-path", street), "4 classes", "9")
-    refused(wrong("--model", "segformer_b1", "--pretrain", street / "good.pt"), "segformer_b0")
-    refused(wrong(*measure, "--data-path", tmp_path / "none"), "none")
-    refused(wrong(*measure, "--size", "20"), "0.jpg", "29 pixels")
-    refused(wrong(*measure, "--json", tmp_path / "none/r.json"), "--json")
-    refused(wrong(*draw, "--save-dir", tmp_path / "some"), "--save-dir", "overwritten")
-    refused(wrong(*draw, "--save-dir", tmp_path / "drawn"), "a.jpg", "1 of 2 files could not be drawn")
+    Image.new("RGB", (50, 40)).save(tmp_path / "b.jpg")
+    (tmp_path / "a.jpg").write_text("broken")
+    load = f"--checkpoint {street}/good.pt "
+    measure, draw = f"{load} --data-path {street} --workers 0 ", f"{load} --images {tmp_path} "
+    for call, words in (
+            ("", ["--checkpoint", "--pretrain"]), (f"--checkpoint {tmp_path}/no.pt", ["no.pt", "no such file"]),
+            (f"--checkpoint {street}/other.pt --data-path {street}", ["4 classes", "9"]),
+            (f"--model segformer_b1 --pretrain {street}/good.pt", ["segformer_b0"]),
+            (f"{measure} --data-path {tmp_path}/none", ["none"]), (f"{measure} --size 20", ["0.jpg", "29 pixels"]),
+            (f"{measure} --json {tmp_path}/none/r.json", ["--json"]),
+            (f"{load} --images {tmp_path}/none", ["--images", "no such file"]),
+            (f"{draw} --save-dir {tmp_path}", ["--save-dir", "overwritten"]),
+            (f"{draw} --save-dir {tmp_path}/drawn", ["a.jpg", "1 of 2 files could not be drawn"])):
+        refused(lambda: eval.main(call.split()), *words)
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"b.png", "b_overlay.png"}
-    for call, useless in ((measure, ("--task cls", "--num-classes 4", "--head fpn", "--probabilities", "--save-dir x")),
-                          (draw, ("--json x", "--split train", "--batch-size 2", "--workers 0", "--zero-is-class"))):
-        for words in map(str.split, useless):
-            refused(wrong(*call, *words), words[0], "no effect", "leave it out")
-    refused(wrong("--checkpoint", street / "good.pt", "--images", tmp_path / "none"), "--images", "no such file")
+    for call, flags in ((measure, ("--task cls", "--num-classes 4", "--head fpn", "--probabilities", "--save-dir x")),
+                        (draw, ("--json x", "--split train", "--batch-size 2", "--workers 0", "--zero-is-class"))):
+        for flag in flags:
+            refused(lambda: eval.main((call + flag).split()), flag.split()[0], "no effect", "leave it out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3289,54 +3267,6 @@ def test_speed_of_segformer(on_demand, index, batch):
             for n in (1, batch):
                 a, b = alternate(lambda: fused(mine[:n]), lambda: peer(pixel_values=x[:n]).logits, 7)
                 print(f"segformer_b{index} inference, batch {n}: {a:.3f} s, {name} {b:.3f} s, {b / a:.2f} x as fast")
-
-
-def as_tokens(m, x):
-    return layers.grid(m(layers.tokens(x), x.shape[2:]), x)
-
-
-SPEED_PAIRS = {     # name: (ours, theirs, width, side of the map in a 512 x 512 image, how to call theirs)
-    "sra+mix, timm PVTv2": (
-        partial(block, "sra", "mix", "pre", 128, 2, 4, 1e-6),
-        lambda timm: timm.models.pvt_v2.Block(128, 2, sr_ratio=4, qkv_bias=True), 128, 64, as_tokens),
-    "lsra+mix_relu, timm PVTv2": (
-        partial(block, "lsra", "mix_relu", "pre", 128, 2, 4, 1e-6),
-        lambda timm: timm.models.pvt_v2.Block(128, 2, linear_attn=True, qkv_bias=True), 128, 64, as_tokens),
-    "window+mlp, timm Swin": (
-        partial(block, "window", "mlp", "pre", 192, 6, 1, 1e-5, index=1),
-        lambda timm: timm.models.swin_transformer.SwinTransformerBlock(192, (64, 64), 6, shift_size=3), 192, 64,
-        lambda m, x: m(x.permute(0, 2, 3, 1))),
-    "NCB, timm Next-ViT": (
-        partial(next_block, "ncb", 192, 192, 1, 192),
-        lambda timm: timm.models.nextvit.NextConvBlock(192, 192), 192, 64, lambda m, x: m(x)),
-    "NTB, timm Next-ViT": (
-        partial(next_block, "ntb", layers.attention_width(256), 192, 1, 256, 4, 0),
-        lambda timm: timm.models.nextvit.NextTransformerBlock(192, 256, drop_path=0.0, sr_ratio=4), 192, 64,
-        lambda m, x: m(x)),
-}
-
-
-@pytest.mark.parametrize("pair", SPEED_PAIRS)
-def test_speed_of_blocks(on_demand, pair):
-    """Inference, and a training pass forward and backward, batch 1, float32."""
-    make, other, dim, side, call = SPEED_PAIRS[pair]
-    ours, theirs = make().to(memory_format=torch.channels_last), other(pytest.importorskip("timm"))
-    x = torch.randn(1, dim, side, side)
-    mine = x.to(memory_format=torch.channels_last)
-    x = mine if call is as_tokens or "Swin" in pair else x      # what their own layout makes of a map is a view then
-    figures = []
-    for training in (False, True):
-        ours.train(training), theirs.train(training)
-        mine.requires_grad_(training), x.requires_grad_(training)
-
-        def run(module, x):
-            with torch.set_grad_enabled(training):
-                y = module(x)
-                if training:
-                    y.backward(torch.ones_like(y))              # sum() would hand down a gradient without strides
-        a, b = alternate(lambda: run(ours, mine), lambda: run(partial(call, theirs), x), 9)
-        figures.append(f"{a * 1e3:8.1f} / {b * 1e3:8.1f} ms = {a / b:.2f}")
-    print(f"\n{pair:40} ours / theirs: inference {figures[0]}, training {figures[1]}")
 
 
 # ru_maxrss would know the parent's
