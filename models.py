@@ -980,7 +980,7 @@ def know(model, checkpoint):
             model.colors = colors.view(model.num_classes, 3).numpy()
         good = (isinstance(model.classes, list) and len(model.classes) == model.num_classes
                 and all(isinstance(name, str) and len(name) < 1000 for name in model.classes)
-                and (model.size is None or model.size in range(1, 20_000))
+                and (model.size is None or type(model.size) is int and 0 < model.size < 20_000)
                 and model.first_id in (0, 1))
     except (AttributeError, RuntimeError, TypeError, ValueError):
         good = False
@@ -1230,8 +1230,8 @@ FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's s
     Format("DEST segmentor", DEST, MMSEG_HEADS, "backbone.", DEST_SEG, **DEST_KIND),
 ]
 # Of any file, and may be left unread: heads, and what belongs to a loss
-HEADS = re.compile(r"(head|classifier|decode_head|auxiliary_head|neck|proj_head)\.")
-LOSSES = re.compile(r"(criterion|loss)\w*\.")
+HEADS = re.compile(r"(head|classifier|decode_head|auxiliary_head|neck|proj_head"
+                   r"|criterion\w*|loss\w*)\.")
 # What no forward pass reads; and norms that Swin and Next-ViT have for one of the two tasks alone
 DEAD = re.compile(r".*\.(relative_position_index|attn_mask)$|decode_head\.conv_seg\."
                   r"|(backbone\.)?(norm\d?|extra_norm_list\.3|proj_head)\.")
@@ -1284,7 +1284,7 @@ def load_pretrained(model, source):
     missing = [key for key in missing if key not in fresh]
     wrong = [key for key in misfits if key not in fresh]
     left = unused(state, found | misfits)
-    foreign = [name for name in left if not HEADS.match(name) and not LOSSES.match(name)]
+    foreign = [name for name in left if not HEADS.match(name)]
     if wrong or missing or foreign:
         remedy = "give the --model and the words that it was trained with"
         if trained and trained != model.spec:
@@ -1418,12 +1418,12 @@ def counter(name):
     return name.endswith(("num_batches_tracked", "n_averaged"))
 
 
-def export_pretrained(model, path, format=None, classes=None):
+def export_pretrained(model, path, format=None):
     """Write a model's weights under the names of a public format; load_pretrained reads them back.
 
     path: a folder for "Hugging Face SegFormer", else a .pth file with a flat dict; format: the name
     of one of FORMATS, by default the hub's for a path without a suffix, else the first of those
-    that name most of the tensors; classes: names for the hub's config. Errors: UserError."""
+    that name most of the tensors. Errors: UserError."""
     if format is None and pathlib.Path(path).suffix:
         forms = [f for f in FORMATS[1:] if f.name != HUB]
     else:
@@ -1439,15 +1439,16 @@ def export_pretrained(model, path, format=None, classes=None):
     for key, value in model.state_dict().items():
         state |= zip(names_of[key], form.write(key, value.cpu(), len(names_of[key])))
     if form.name == HUB:
-        write_hub_directory(pathlib.Path(path), model, state, classes)
+        write_hub_directory(pathlib.Path(path), model, state)
     else:
         save_checkpoint(path, state)
 
 
-def write_hub_directory(folder, model, state, classes):
-    """config.json, preprocessor_config.json and model.safetensors as transformers' SegFormer."""
+def write_hub_directory(folder, model, state):
+    """config.json, preprocessor_config.json and model.safetensors as transformers' SegFormer, with
+    what the model knows of its data, see `know`."""
     size = SIZES[model.spec.size]
-    classes = classes or [f"LABEL_{i}" for i in range(model.num_classes)]
+    classes = getattr(model, "classes", [f"LABEL_{i}" for i in range(model.num_classes)])
     kind = "SemanticSegmentation" if model.task == "seg" else "ImageClassification"
     config = {      # the rest is as SegformerConfig has it
         "model_type": "segformer", "architectures": [f"SegformerFor{kind}"],
@@ -1480,7 +1481,7 @@ def export(model, target):
         write_file(target, [buffer.getbuffer()])
         again = torch.export.load(target).module()
     elif suffix in ("", ".pth"):
-        export_pretrained(model, target, classes=getattr(model, "classes", None))
+        export_pretrained(model, target)
         again = build(model.spec.name, model.task, model.num_classes, **model.spec.overrides)
         load_pretrained(again.eval(), target)
     else:

@@ -1366,7 +1366,8 @@ def test_transformers_loads_what_we_export(task, monkeypatch, tmp_path):
     transformers = pytest.importorskip("transformers")
     with_depths(monkeypatch, "segformer_b0", (1, 2, 1, 1))
     ours = randomised(models.build("segformer_b0", task, 5)).eval()
-    models.export_pretrained(ours, tmp_path / "hub", classes=["sky", "road", "tree", "car", "dog"])
+    ours.classes = ["sky", "road", "tree", "car", "dog"]
+    models.export_pretrained(ours, tmp_path / "hub")
     kinds = {"seg": "SegformerForSemanticSegmentation", "cls": "SegformerForImageClassification"}
     kind = getattr(transformers, kinds[task])
     theirs, info = kind.from_pretrained(tmp_path / "hub", output_loading_info=True)
