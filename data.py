@@ -652,31 +652,27 @@ TRIES = 10            # crops drawn in search of one with at most LARGEST of a s
 LARGEST = 0.75
 
 
-def color_affine(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
-    """A distortion of colours as x -> A x + b on RGB in 0..255. -> A (3, 3), b (3,)
-
-    Brightness is added (of 255), contrast and saturation are factors, hue is an angle in radians:
-    A = contrast * Y^-1 diag(1, saturation * rotation(hue)) Y with Y = RGB -> YIQ (the NTSC matrix),
-    b = A (1, 1, 1) * brightness. mmseg's PhotoMetricDistortion computes in HSV; in YIQ all of it is
-    linear, so that the contrast may come before or after (mmseg tosses a coin for the order).
-    """
-    cos, sin = saturation * math.cos(hue), saturation * math.sin(hue)
-    matrix = contrast * RGB @ [[1, 0, 0], [0, cos, -sin], [0, sin, cos]] @ YIQ
-    return matrix, matrix.sum(1) * brightness
-
-
 def random_color(rng):
-    """Arguments of color_affine, each with probability 1/2, in PhotoMetricDistortion's ranges."""
+    """Arguments of color_matrix, each with probability 1/2, in PhotoMetricDistortion's ranges."""
     apply = rng.random(4) < 0.5
     hue = math.pi / 5               # 18 of OpenCV's 180 steps are 36 degrees
     value = rng.uniform([-32, 0.5, 0.5, -hue], [32, 1.5, 1.5, hue])
     return np.where(apply, value, [0, 1, 1, 0])
 
 
-def color_matrix(matrix, offset):
-    """A distortion, followed by the normalisation with ImageNet's statistics. -> float32 (3, 4)"""
+def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
+    """A distortion of colours and ImageNet's normalisation, of RGB in 0..255. -> float32 (3, 4)
+
+    Brightness is added (of 255), contrast and saturation are factors, hue is an angle in radians:
+    x -> A (x + brightness) with A = contrast * Y^-1 diag(1, saturation * rotation(hue)) Y and
+    Y = RGB -> YIQ (the NTSC matrix). mmseg's PhotoMetricDistortion computes in HSV; in YIQ all of
+    it is linear, so that the contrast may come before or after (mmseg tosses a coin for the order).
+    """
+    cos, sin = saturation * math.cos(hue), saturation * math.sin(hue)
+    matrix = contrast * RGB @ [[1, 0, 0], [0, cos, -sin], [0, sin, cos]] @ YIQ
+    offset = matrix.sum(1, keepdims=True) * brightness
     mean, std = MEAN.numpy()[:, 0], STD.numpy()[:, 0]    # (3, 1)
-    weight, bias = matrix / (255 * std), (offset[:, None] / 255 - mean) / std
+    weight, bias = matrix / (255 * std), (offset / 255 - mean) / std
     return torch.from_numpy(np.concatenate([weight, bias], 1).astype(np.float32))
 
 
@@ -739,7 +735,7 @@ def training_view(image, labels, crop, rng, scale=(0.5, 2.0), base=None):
     view[3, :shape[0], :shape[1]] = 1
     target = torch.full((crop, crop), IGNORED, dtype=torch.uint8)
     target[:shape[0], :shape[1]] = torch.from_numpy(labels[rows][:, columns])
-    return view, target, color_matrix(*color_affine(*random_color(rng)))
+    return view, target, color_matrix(*random_color(rng))
 
 
 def _resized_part(image, corner, shape, step, unit):
@@ -888,10 +884,8 @@ class FolderSegmentation(EpochDataset):
         return labels.astype(np.uint8)
 
     def fingerprint(self):
-        """Names and sizes of the files of both splits, wherever they lie, names and ids.
-
-        An edited mask may have its old size: some of them are read.
-        """
+        """Of both splits, wherever they lie, and of classes and ids. Some masks are read: an edited
+        one may have its old size."""
         pairs = sorted(self.all_paths)
         sums = [zlib.crc32(mask.read_bytes()) for _, mask in some(pairs, 100)]
         rule = self.classes, self.first_id, self.ids
@@ -955,14 +949,16 @@ def find_layout(root):
         raise UserError(f"{shown(root)}: no such folder")
 
     def parts(name):
+        """How many of its four folders have files of the layout, and how many are begun."""
         layout = LAYOUTS[name]
-        wanted = itertools.product(layout[:2], layout.splits)
-        paths = [root / pattern.format(split) for pattern, split in wanted]
-        return sum(any(path.parent.rglob(path.name + ".*")) for path in paths)
+        paths = [pattern.format(split)
+                 for pattern, split in itertools.product(layout[:2], layout.splits)]
+        files = [any((root / path).parent.rglob(Path(path).name + ".*")) for path in paths]
+        return sum(files), sum((root / path.split("/")[0]).is_dir() for path in paths)
 
     best = max(LAYOUTS, key=parts)
-    if not parts(best):
-        known = "; ".join(f"{layout.images}, {layout.masks}" for layout in LAYOUTS.values())
+    if not any(parts(best)):
+        known = "; ".join(sorted({f"{row.images}, {row.masks}" for row in LAYOUTS.values()}))
         raise UserError(f"{contents(root)}: none of the layouts {known} ({{}}: a split's folder)")
     return best
 
@@ -1002,7 +998,7 @@ def read_classes(root, zero_is_class):
     if not path.exists():
         if not info.is_file():
             return None
-        lines = read_text(info, str.splitlines)[1:]    # Idx  Ratio  Train  Val  [Stuff]  Name
+        lines = read_text(info, str.splitlines)[1:151]    # Idx  Ratio  Train  Val  [Stuff]  Name
         names = [line.split("\t")[-1].strip() for line in lines if line.strip()]
         return ["other"] * zero_is_class + names
     table, names = read_json(path), {}

@@ -2016,14 +2016,15 @@ def test_colour_distortion_against_the_formulas_step_by_step():
     views = torch.zeros(2, 4, 40, 40, dtype=torch.uint8)
     views[0, :, :30, :20] = torch.from_numpy(np.dstack([pixels, np.ones((30, 20), np.uint8)])).permute(2, 0, 1)
     colours = [(brightness, contrast, saturation, hue), (0.0, 1.0, 1.0, 0.0)]
-    views = data.normalise(views, torch.stack([data.color_matrix(*data.color_affine(*c)) for c in colours]))
+    views = data.normalise(views, torch.stack([data.color_matrix(*c) for c in colours]))
     assert views.is_contiguous(memory_format=torch.channels_last)
     assert abs(views[0, :, :30, :20].permute(1, 2, 0).numpy() - expected).max() < 0.02              # one grey level
     assert (views[0, :, 30:] == 0).all() and (views[0, :, :, 20:] == 0).all() and (views[1] == 0).all()
-    matrix, offset = data.color_affine(hue=1.0, saturation=1.4)     # keeps the luma and greys
-    assert np.allclose(np.array([0.299, 0.587, 0.114]) @ matrix, [0.299, 0.587, 0.114]) and not offset.any()
-    assert np.allclose(matrix.sum(1), 1)
-    assert np.allclose(data.color_affine(hue=0.3)[0] @ data.color_affine(hue=0.5)[0], data.color_affine(hue=0.8)[0])
+    matrix = lambda **c: data.color_matrix(**c)[:, :3].double().numpy() * 255 * data.STD[:, 0].numpy()
+    kept = matrix(hue=1.0, saturation=1.4)                          # the luma and greys
+    assert np.allclose(np.array([0.299, 0.587, 0.114]) @ kept, [0.299, 0.587, 0.114], atol=1e-5)
+    assert np.allclose(kept.sum(1), 1, atol=1e-5)
+    assert np.allclose(matrix(hue=0.3) @ matrix(hue=0.5), matrix(hue=0.8), atol=1e-5)
 
 
 def test_colour_distortion_draws_each_part_half_of_the_time():
