@@ -1088,6 +1088,8 @@ SWIN_TIMM = (("layers.{h}", "layers.{i}"),)
 SWIN_TORCHVISION = (("patch_embed.{proj|norm}", "features.0.{0|2}"), ("mlp.{fc1|fc2}", "mlp.{0|3}"),
                     ("layers.{h}.downsample", "features.{E}"),
                     ("layers.{i}.blocks", "features.{O}"))
+SWIN_MMSEG = (("patch_embed.{proj|", "patch_embed.{projection|"), ("layers", "stages"),
+              ("attn", "attn.w_msa"), ("mlp.{fc1|fc2}", "ffn.layers.{0.0|1}"))
 DEST_SEG = (("norm1", "bn1"), ("norm2", "bn2"), ("norm", "bn1"))
 MMSEG_HEADS = {     # also of the authors' own releases, most of which are built on mmsegmentation
     "mlp": """
@@ -1139,7 +1141,8 @@ class Format:
 
     keys: the encoder's rows; heads: rows for each word of --head and for "cls", which go first;
     prefix: of the encoder's names, where the head's have none; dialect: changes of theirs in keys;
-    linear: our 1x1 convolutions that are Linear layers there (conv1d: Conv1d)."""
+    linear: our 1x1 convolutions that are Linear layers there (conv1d: Conv1d); unfold: whether they
+    merge patches in nn.Unfold's order of channels, (C, row, column), ours is (column, row, C)."""
     name: str
     keys: str | None = None
     heads: dict = field(default_factory=dict)
@@ -1147,6 +1150,7 @@ class Format:
     dialect: tuple = ()
     linear: str = r"\.(q|kv|proj|fc1|fc2|qkv|reduction|projections\.\d|low_level)$"
     conv1d: bool = False
+    unfold: bool = False
 
     def names(self, model):
         """{our name of a tensor: the list of theirs, stacked} for what this format has."""
@@ -1171,10 +1175,19 @@ class Format:
                 names[key] = [f"{name}.{end}" for name in known[module]]
         return names
 
+    def read(self, key, tensors):
+        """Their tensors -> ours, up to axes of size 1."""
+        value = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        if self.unfold and MERGING.match(key):
+            value = value.reshape(*value.shape[:-1], -1, 2, 2).transpose(-3, -1).flatten(-3)
+        return value
+
     def write(self, key, value, count):
         """Our tensor -> `count` of theirs."""
         if re.search(self.linear, key.removesuffix(".weight")) and value.shape[2:] == (1, 1):
             value = value.flatten(2) if self.conv1d else value.flatten(1)
+        if self.unfold and MERGING.match(key):
+            value = value.reshape(*value.shape[:-1], 2, 2, -1).transpose(-3, -1).flatten(-3)
         parts = value.chunk(count) if count > 1 else [value]
         return [part.contiguous() for part in parts]
 
@@ -1225,6 +1238,9 @@ FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's s
     Format("Swin segmentor", SWIN, MMSEG_HEADS, "backbone."),
     Format("timm Swin", SWIN, {"cls": "3.norm norm\n head.fc head.fc"}, "", SWIN_TIMM),
     Format("torchvision Swin", SWIN, CLS_SWIN, dialect=SWIN_TORCHVISION),
+    Format("mmsegmentation Swin encoder", SWIN, CLS_SWIN, dialect=SWIN_MMSEG, unfold=True),
+    Format("mmsegmentation Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", SWIN_MMSEG,
+           unfold=True),
     Format("DEST depth encoder", DEST, CLS, **DEST_KIND),
     Format("DEST encoder", DEST, CLS, dialect=DEST_SEG, **DEST_KIND),
     Format("DEST segmentor", DEST, MMSEG_HEADS, "backbone.", DEST_SEG, **DEST_KIND),
@@ -1236,6 +1252,7 @@ HEADS = re.compile(r"(head|classifier|decode_head|auxiliary_head|neck|proj_head"
 DEAD = re.compile(r".*\.(relative_position_index|attn_mask)$|decode_head\.conv_seg\."
                   r"|(backbone\.)?(norm\d?|extra_norm_list\.3|proj_head)\.")
 TASK_NORMS = re.compile(r"encoder\.stages\.\d\.norm\.")
+MERGING = re.compile(r"encoder\.stages\.[123]\.embed\.")
 
 
 # ---- Reading and writing them --------------------------------------------------------------------
@@ -1298,7 +1315,7 @@ def load_pretrained(model, source):
         for name in names:
             check_numbers(f"{path}: {prefix}{name}", state[name], targets[key])
     for key, names in found.items():
-        value = torch.cat([state[name] for name in names]) if len(names) > 1 else state[names[0]]
+        value = form.read(key, [state[name] for name in names])
         targets[key].copy_(value.reshape(targets[key].shape))
     return Report(form.name, list(found), missing, outside + left, fresh)
 

@@ -1394,6 +1394,7 @@ EXPORTS = [
     ("segnext_t", "seg", None, "SegNeXt segmentor"), ("segnext_t", "seg", "mmsegmentation SegNeXt"),
     ("nextvit_s", "cls", None, "Next-ViT encoder"), ("nextvit_s", "seg", None, "Next-ViT segmentor"),
     ("swin_t", "cls", None, "Swin encoder"), ("swin_t", "seg", None, "Swin segmentor"),
+    ("swin_t", "cls", "mmsegmentation Swin encoder"), ("swin_t", "seg", "mmsegmentation Swin segmentor"),
     ("dest_b0", "cls", None, "DEST depth encoder"), ("dest_b0", "cls", "DEST encoder"),
     ("dest_b0", "seg", None, "DEST segmentor"), ("lawin_b1", "seg", None, MIT_SEG), ("lawin_b2", "seg", None, MIT_SEG),
     ("lite_final", "cls", None, "original project"), ("lite_final", "seg", None, "original project"),
@@ -1421,6 +1422,20 @@ def test_families_round_trip(name, task, asked, written, monkeypatch, tmp_path):
     elif written != "own checkpoint":
         report = models.load_pretrained(cross, state)
         assert report.fresh and not report.missing
+
+
+def test_merging_in_the_order_of_unfold():
+    """mmsegmentation's patch merging: nn.Unfold, norm, Linear; its channels run (C, row, column)."""
+    model = models.build("swin_t", "cls", 5)
+    state = reference_state(model, FORMATS["mmsegmentation Swin encoder"].names(model))
+    state = {k: v.flatten(1) if k.endswith("reduction.weight") else v for k, v in state.items()}
+    models.load_pretrained(model, state)
+    x = signal("x", (1, 96, 6, 8))
+    weight, bias, reduction = (state[f"stages.0.downsample.{end}"]
+                               for end in ("norm.weight", "norm.bias", "reduction.weight"))
+    y = F.layer_norm(F.unfold(x, 2, stride=2).mT, (384,), weight, bias) @ reduction.T   # (1, 12, 192)
+    with torch.inference_mode():
+        assert relative(model.encoder.stages[1].embed(x), y.mT.unflatten(2, (3, 4))) < 1e-5
 
 
 @pytest.mark.parametrize("slots, task, form, words", [
