@@ -770,14 +770,13 @@ class Layout(NamedTuple):
     classes: tuple = ()                 # the names of these classes
 
 
-# Cityscapes: of each class its id in the labelIds masks, colour, name.
-CITYSCAPES = [row.split(" ", 2) for row in (
+# Of each class of Cityscapes its id in the labelIds masks, its colour and its name.
+CITY_IDS, CITY_COLORS, CITY_NAMES = zip(*[row.split(" ", 2) for row in (
     "7 804080 road|8 f423e8 sidewalk|11 464646 building|12 66669c wall|13 be9999 fence|"
     "17 999999 pole|19 faaa1e traffic light|20 dcdc00 traffic sign|21 6b8e23 vegetation|"
     "22 98fb98 terrain|23 4682b4 sky|24 dc143c person|25 ff0000 rider|26 00008e car|"
     "27 000046 truck|28 003c64 bus|31 005064 train|32 0000e6 motorcycle|33 770b20 bicycle"
-).split("|")]
-IDS, COLORS, NAMES = zip(*CITYSCAPES)
+).split("|")])
 
 LAYOUTS = {
     "ADE20K": Layout("images/{}/*", "annotations/{}/*", ("training", "validation")),
@@ -787,10 +786,10 @@ LAYOUTS = {
     "a folder for each split": Layout("{}/images/*", "{}/masks/*"),
     "Cityscapes with labelTrainIds": Layout(
         "leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelTrainIds",
-        ids={k: k for k in range(19)}, classes=NAMES),
+        ids={k: k for k in range(19)}, classes=CITY_NAMES),
     "Cityscapes": Layout(
         "leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelIds",
-        ids={int(i): k for k, i in enumerate(IDS)}, classes=NAMES),
+        ids={int(i): k for k, i in enumerate(CITY_IDS)}, classes=CITY_NAMES),
 }
 
 
@@ -821,8 +820,8 @@ class FolderSegmentation(EpochDataset):
             self.all_paths += pair(self.root, layout, "val" if split == "train" else "train")[0]
         self._set_labels(layout, zero_is_class, classes)
         self.colors = distinct_colors(self.num_classes)
-        if self.classes == list(NAMES):
-            self.colors = np.array([list(bytes.fromhex(color)) for color in COLORS], np.uint8)
+        if self.classes == list(CITY_NAMES):
+            self.colors = np.array([list(bytes.fromhex(c)) for c in CITY_COLORS], np.uint8)
 
     def _set_labels(self, layout, zero_is_class, classes):
         """The classes, and the label of each id in a mask."""
@@ -1211,9 +1210,8 @@ class TinyImageNet(EpochDataset):
             self.paths += [(path, label) for path in files[name]]
         train = split == "train" if train is None else train
         bicubic = {"interpolation": v2.InterpolationMode.BICUBIC}
-        if not train:
-            steps = [v2.Resize(int(image_size / 0.875), **bicubic), v2.CenterCrop(image_size)]
-        else:
+        steps = [v2.Resize(int(image_size / 0.875), **bicubic), v2.CenterCrop(image_size)]
+        if train:
             steps = [v2.RandomResizedCrop(image_size, **bicubic), v2.RandomHorizontalFlip()]
             if rand_augment:    # 11 bins put torchvision's magnitudes on timm's scale of 0..10
                 steps.append(v2.RandAugment(2, 9, num_magnitude_bins=11, fill=[124, 116, 104],
@@ -1228,10 +1226,9 @@ class TinyImageNet(EpochDataset):
 
     def fingerprint(self):
         """Names and sizes of the files of both splits, wherever they lie."""
-        splits = (class_folders(self.root / "train"),
-                  validation_files(self.root / "val", self.classes))
-        lists = [files for split in splits for files in split.values()]
-        return fingerprint(self.root, itertools.chain(*lists))
+        train = class_folders(self.root / "train")
+        val = validation_files(self.root / "val", self.classes)
+        return fingerprint(self.root, itertools.chain(*train.values(), *val.values()))
 
     def __getitem__(self, key):
         index, rng = self.draw(key)
@@ -1250,8 +1247,8 @@ def class_folders(folder):
     for place in places:
         if place.is_dir() and not place.name.startswith("."):
             found, problems = scan(place, IMAGE_FILES)
-            for problem in problems:
-                raise UserError(problem)
+            if problems:
+                raise UserError(problems[0])
             files[place.name] = list(found.values())
     if not files or set(files) == {"images", "masks"}:    # those are of segmentation
         raise UserError(f"{shown(folder)}: no class folders here; {contents(folder)}")
@@ -1264,7 +1261,7 @@ def validation_files(folder, classes):
     classes: those of train/, which must be the same.
     """
     annotations, files = folder / "val_annotations.txt", {}
-    if annotations.exists():
+    if annotations.exists() and (folder / "images").is_dir():
         for line in read_text(annotations, str.splitlines):
             if line.strip():
                 name, label, *_ = [*line.split("\t"), ""]
