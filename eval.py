@@ -404,8 +404,6 @@ def load_model(args, dataset, quiet):
     if dataset and args.task == "seg":
         known |= {"classes": dataset.classes, "colors": dataset.colors.tolist(),
                   "first_id": dataset.first_id}
-    elif model.num_classes == 150:
-        known["colors"] = data.ADE20K_COLORS.tolist()
     return models.know(model, known)
 
 

@@ -81,10 +81,9 @@ class Count:
 def count(model, size=(512, 512)):
     """Multiply-adds of one image of size (H, W) in evaluation mode, and the parameters -> Count.
 
-    Runs a copy on the meta device: nothing is computed, and the model keeps its state, modes and
-    hooks, come what may. A leaf module of a class without a formula is a UserError, never a silent
-    zero. A module that is used twice, or under two names, counts its parameters once and the
-    multiply-adds of every call.
+    Runs a copy on the meta device: nothing is computed, and the model stays as it is. A leaf module
+    of a class without a formula is a UserError, never a silent zero. A module that is used twice,
+    or under two names, counts its parameters once and the multiply-adds of every call.
     """
     model = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     rows = {}
@@ -118,40 +117,35 @@ def record(row, formula, module, inputs, out):
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def prepare(spec, size, args, device):
-    """A function that runs a model's inference form once on random images, and waits."""
-    model = models.build(spec.name, args.task, args.num_classes, **spec.overrides)
-    model = models.fuse(model).to(device, memory_format=torch.channels_last)
-    if args.compile:
-        model = torch.compile(model)
-    images = torch.randn(args.batch_size, 3, *size, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-
-    @torch.inference_mode()
-    def run():
-        with torch.autocast(device.type, DTYPES[args.amp], enabled=args.amp != "off"):
-            model(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return run
+@torch.inference_mode()
+def run(model, images, amp):
+    """Once, and wait for the device."""
+    with torch.autocast(images.device.type, DTYPES[amp], enabled=amp != "off"):
+        model(images)
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
 
 
 def latency(cases, args, device):
-    """{name: (spec, size)} -> {name: median and quartiles in ms, images/s}, after a warm-up.
+    """Of the inference forms, {name: (spec, size)} -> {name: median and quartiles in ms, images/s}.
 
     The cases take turns, so that a machine that slows down for a while slows down all of them. With
     one model, whose sizes rise, also the peak memory in GiB up to each: of tensors on a GPU, on
     the CPU all that the process held.
     """
     runs, table, seconds = {}, {}, {name: [] for name in cases}
-    for name, case in cases.items():
-        runs[name] = prepare(*case, args, device)
-        runs[name]()
+    for name, (spec, size) in cases.items():
+        model = models.build(spec.name, args.task, args.num_classes, **spec.overrides)
+        model = models.fuse(model).to(device, memory_format=torch.channels_last)
+        images = torch.randn(args.batch_size, 3, *size, device=device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        runs[name] = partial(run, torch.compile(model) if args.compile else model, images, args.amp)
+        runs[name]()                # a warm-up
         table[name] = {"peak_gib": None if args.rows else data.peak_memory(device)}
     for _ in data.progress(range(args.latency + max(2, args.latency // 5)), "timing"):
-        for name, run in runs.items():
+        for name in cases:
             start = time.perf_counter()
-            run()
+            runs[name]()
             seconds[name].append(1000 * (time.perf_counter() - start))
     for name, values in seconds.items():
         low, median, high = np.percentile(values[-args.latency:], (25, 50, 75)).tolist()
@@ -272,7 +266,8 @@ def arguments(argv=None):
         help="512, 512x1024 or 512 1024: height, width (default 512)")
     add("--sizes", type=height_width, nargs="+", metavar="SIZE", help="several, of one model")
     add("--fused", action="store_true", help="count with BatchNorm folded and decoder merged")
-    add("--latency", type=whole, nargs="?", const=30, metavar="RUNS", help="times, of 30 runs or RUNS")
+    add("--latency", type=whole, nargs="?", const=30, metavar="RUNS",
+        help="time the inference form (default 30 runs)")
     add("--batch-size", type=whole, default=1, help="of --latency (default 1)")
     add("--amp", choices=list(DTYPES), default="off", help="of --latency (default off)")
     add("--compile", action="store_true", help="of --latency: torch.compile the models")
@@ -330,9 +325,8 @@ def main(argv=None):
             results[name]["latency"] = times | ran
     if args.json != "-":
         size = "each size" if args.sizes else "{} x {} (H x W)".format(*args.size)
-        fused = ", fused for inference" if args.fused else ""
-        print(f"one image of {size}, task {args.task}, {args.num_classes} classes{fused}; 1 MAC = "
-              "a multiply-add of conv, linear or matmul; FLOPs = 2 MACs")
+        print(f"one image of {size}, task {args.task}, {args.num_classes} classes; 1 MAC = a "
+              "multiply-add of conv, linear or matmul; FLOPs = 2 MACs")
         if args.latency:
             print("times:", ", ".join(f"{key} {value}" for key, value in ran.items()))
         if args.rows:
