@@ -734,7 +734,7 @@ def training_view(image, labels, crop, rng, scale=(0.5, 2.0), base=None):
     view[:3, :shape[0], :shape[1]] = _resized_part(image, corner, shape, step, unit)
     view[3, :shape[0], :shape[1]] = 1
     target = torch.full((crop, crop), IGNORED, dtype=torch.uint8)
-    target[:shape[0], :shape[1]] = torch.from_numpy(labels[rows][:, columns])
+    target[:shape[0], :shape[1]] = torch.from_numpy(labels.take(rows, 0).take(columns, 1))
     return view, target, color_matrix(*random_color(rng))
 
 
