@@ -728,13 +728,15 @@ def training_view(image, labels, crop, rng, scale=(0.5, 2.0), base=None):
         counts = np.bincount(labels[rows[::4]][:, columns[::4]].ravel(), minlength=256)[:IGNORED]
         if counts.max() < LARGEST * counts.sum():
             break
+    part = _resized_part(image, corner, shape, step, unit)
+    patch = torch.from_numpy(labels.take(rows, 0).take(columns, 1))
     if rng.random() < 0.5:
-        image, labels = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), labels[:, ::-1]
+        part, patch = part.flip(-1), patch.flip(-1)
     view = torch.zeros(4, crop, crop, dtype=torch.uint8)
-    view[:3, :shape[0], :shape[1]] = _resized_part(image, corner, shape, step, unit)
+    view[:3, :shape[0], :shape[1]] = part
     view[3, :shape[0], :shape[1]] = 1
     target = torch.full((crop, crop), IGNORED, dtype=torch.uint8)
-    target[:shape[0], :shape[1]] = torch.from_numpy(labels.take(rows, 0).take(columns, 1))
+    target[:shape[0], :shape[1]] = patch
     return view, target, color_matrix(*random_color(rng))
 
 
