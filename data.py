@@ -22,7 +22,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import struct
 import sys
 import threading
@@ -33,7 +32,6 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -60,8 +58,7 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 _store = None    # where the processes leave notes for each other, beside the group's exchanges
 
 
-@dataclass(frozen=True)
-class Processes:
+class Processes(NamedTuple):
     """This process among all: rank of world, and the device that it works on."""
     rank: int = 0
     world: int = 1
@@ -74,7 +71,14 @@ def start(device=None, timeout=300):
     device: "cpu", "cuda" or "cuda:N"; CUDA where there is one, if None. timeout: the seconds after
     which a process that does not answer is an error. -> Processes
     """
-    rank, world, local_rank, local_world = _places()
+    rank, world, local_rank, local_world = 0, 1, 0, 1
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    elif "WORLD_SIZE" in os.environ:
+        print("note: WORLD_SIZE is set, but not all of RANK, MASTER_ADDR and MASTER_PORT: "
+              "torchrun did not start this process, it works alone", file=sys.stderr)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: no such device; use cpu, cuda or cuda:N")
@@ -95,31 +99,17 @@ def start(device=None, timeout=300):
     return Processes(rank, world, device)
 
 
-def _places():
-    """rank, world, local rank and processes on this machine, which torchrun writes down for us."""
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        if "WORLD_SIZE" in os.environ:
-            print("note: WORLD_SIZE is set, but not all of RANK, MASTER_ADDR and MASTER_PORT: "
-                  "torchrun did not start this process, it works alone", file=sys.stderr)
-        return 0, 1, 0, 1
-    usual = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    return [int(os.environ.get(key, value)) for key, value in usual.items()]
-
-
 def _join(rank, world, device, timeout):
     """Wait for all processes, for 10 minutes at least, then form the group."""
     global _store
-    address = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    wait = max(timeout, 600)
-    attempt = "0"
+    wait, attempt = max(timeout, 600), "0"
     # Python's handlers do not run while C++ waits: until it is done, signals just end the process.
     handlers = handle(signal.SIG_DFL)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store outlives a restart: without keys of their own, the processes of the
+        # second attempt would read the addresses of the first one's dead processes.
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store outlives a restart: without keys of their own, the processes of the
-            # second attempt would read the addresses of the first one's dead processes.
-            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-            socket.create_connection(address, timeout=30).close()    # or torchrun has died already
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=wait)))
         _store = dist.PrefixStore(f"attempt {attempt}", store)
         if silent := _silent("here", rank, world, wait):
@@ -128,12 +118,11 @@ def _join(rank, world, device, timeout):
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout),
                                 store=_store, rank=rank, world_size=world, device_id=gpu)
     except (RuntimeError, ValueError, OSError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).split("\n")[0]
-        raise UserError(f"process {rank} of {world} cannot join the others at {':'.join(address)}: "
-                        f"{reason}; are all of them started, and can they reach this address?"
-                        ) from None
-    finally:
-        handle(*handlers)
+        raise UserError(f"process {rank} of {world} cannot join the others at {address}: {reason}; "
+                        "are all of them started, and can they reach this address?") from None
+    handle(*handlers)
 
 
 def _silent(note, rank, world, seconds):
@@ -428,9 +417,6 @@ def take(batches, count, device):
     return taken
 
 
-PAUSE = 30      # seconds between two lines of progress in a file
-
-
 class Lines:
     """Where stderr is a file, such as a cluster's log: a line for each time that a bar is drawn."""
 
@@ -439,14 +425,14 @@ class Lines:
             print(text.strip(), file=sys.stderr)
 
 
-def progress(iterable, title, rank=0, total=None):
-    """A tqdm bar in the terminal of process 0; in a file a line each half minute.
+def progress(iterable, title, rank=0, total=None, pause=30):
+    """A tqdm bar in the terminal of process 0; in a file a line each `pause` seconds.
 
     Give set_postfix refresh=False: it would draw the bar each time.
     """
     options = {}
     if not sys.stderr.isatty():
-        options = dict(file=Lines(), mininterval=PAUSE, maxinterval=PAUSE, delay=PAUSE)
+        options = dict(file=Lines(), mininterval=pause, maxinterval=pause, delay=pause)
     return tqdm(iterable, title, total, leave=False, disable=rank > 0, **options)
 
 
@@ -466,21 +452,12 @@ class EpochDataset(Dataset):
         # + 1: (seed, epoch) alone is the order's.
         return index, np.random.default_rng((self.seed, epoch, view + 1, index))
 
-    def stored_ids(self, k):
-        """The ids of a class in the masks, as text."""
-        if self.ids:
-            return ",".join(str(i) for i, label in self.ids.items() if label == k)
-        return str(k + self.first_id)
-
     def fingerprint(self):
         """Short text that tells this data set from others; "" where it is drawn by this file."""
         return ""
 
-    def check(self, limit=100):
-        """Look at some data. -> notes on what is odd; UserError if nothing can be learned."""
-        return []
-
-    def judge(self, counts, where=""):
+    def check(self, counts=None):
+        """-> notes on what is odd, a line each; UserError if nothing can be learned from it."""
         return []
 
 
@@ -840,28 +817,30 @@ class FolderSegmentation(EpochDataset):
         else:
             self.first_id = 1
             self.rule = "id k of a mask is class k-1, 0 and 255 are ignored"
-        self.classes = (classes or read_classes(self.root, zero_is_class) or list(layout.classes)
-                        or [f"class {k}" for k in range(self._last_class() + 1)])
-        self.num_classes = len(self.classes)
-        if ids and self._last_class() >= self.num_classes:
-            raise UserError(f"{shown(self.root)}: class {self._last_class()} of the label map is "
-                            f"beyond the {self.num_classes} classes (0 is the first); correct one")
+        names = classes or read_classes(self.root, zero_is_class) or list(layout.classes)
+        if ids:
+            last = max(ids.values())
+        elif not names:
+            last = self._largest_id() - self.first_id
+        names = names or [f"class {k}" for k in range(last + 1)]
+        if ids and last >= len(names):
+            raise UserError(f"{shown(self.root)}: class {last} of the label map is beyond the "
+                            f"{len(names)} classes (0 is the first); correct one of them")
+        self.classes, self.num_classes = names, len(names)
         # -1 is an error; ids that do not fit into 16 bits are looked up in the last place.
         self.table = np.full(2 ** 16 + 1, IGNORED if ids else -1, np.int16)
         self.table[[0, IGNORED]] = IGNORED
         ids = ids or {k + self.first_id: k for k in range(self.num_classes)}
         self.table[list(ids)] = list(ids.values())
 
-    def _last_class(self):
-        """Of the label map, or of the masks of both splits, which must agree on the classes."""
-        if self.ids:
-            return max(self.ids.values())
+    def _largest_id(self):
+        """In the masks of both splits, which must agree on the classes."""
         largest = self.first_id
         for _, path in progress(self.all_paths, "looking for class ids"):
             with suppress(UserError):    # it is reported when it is read for its pixels
                 mask = read_mask(path)
                 largest = max(largest, int(mask.max(initial=0, where=mask < IGNORED)))
-        return largest - self.first_id
+        return largest
 
     def __getitem__(self, key):
         index, rng = self.draw(key)
@@ -899,23 +878,22 @@ class FolderSegmentation(EpochDataset):
             labels = progress(pool.map(self.labels, masks), "masks", total=len(masks))
             return sum(np.bincount(part.ravel(), minlength=256) for part in labels)
 
-    def check(self, limit=100):
-        """Look at some masks of this split, evenly spread. -> notes on what is odd, a line each.
+    def check(self, counts=None, limit=100):
+        """-> notes on what is odd about the labels of this split, a line each.
 
-        No labelled pixel, or a single class to learn, is a UserError; so is a file to validate on
-        that cannot be used, as it would end a run after its first epoch.
+        counts: of pixels of each label, (256,); those of `limit` masks, evenly spread, if None. No
+        labelled pixel, or a single class to learn, is a UserError; so is (without counts) a file to
+        validate on that cannot be used, as it would end a run after its first epoch.
         """
-        for path, mask_path in self.paths if self.split == "val" else ():
-            with opened(path) as image, opened(mask_path, any_depth=True) as mask:
-                require_size(path, image.size, mask_path, mask.size)
-        for limit in (min(limit, len(self)), len(self)):    # a rare class may be in none of some
-            counts = self.count_pixels(limit)
-            if np.count_nonzero(counts[:IGNORED]) > 1:
-                break
-        return self.judge(counts, f" in {limit} masks")
-
-    def judge(self, counts, where=""):
-        """Of the number of pixels of each label, (256,): -> notes, or UserError; see `check`."""
+        where = ""
+        if counts is None:
+            for path, mask_path in self.paths if self.split == "val" else ():
+                with opened(path) as image, opened(mask_path, any_depth=True) as mask:
+                    require_size(path, image.size, mask_path, mask.size)
+            for number in (min(limit, len(self)), len(self)):    # some may lack a rare class
+                counts, where = self.count_pixels(number), f" in {number} masks"
+                if np.count_nonzero(counts[:IGNORED]) > 1:
+                    break
         names = [shown(name) for name in self.classes]
         seen = [name for name, count in zip(names, counts) if count]
         missing = [name for name, count in zip(names, counts) if not count]
@@ -973,20 +951,16 @@ def pair(root, layout, split):
         found.append(files)
         problems += same
     images, masks = found
-    end = common_end(images, masks)
+    # What the masks' stems have after their images', as in IMG_1_mask.png beside IMG_1.jpg.
+    first = next(iter(masks))
+    ends = ["", *(first[len(stem):] for stem in images if first.startswith(stem))]
+    end = max(ends, key=lambda end: sum(stem + end in masks for stem in images))
     masks = {stem.removesuffix(end): path for stem, path in masks.items()}
     for files, others, wanted in ((images, masks, f"mask {layout.masks.format(split)}{end}.png"),
                                   (masks, images, f"image {layout.images.format(split)}.*")):
         problems += [f"{shown(path)}: no {shown(wanted.replace('*', stem, 1))}; add it, or remove "
                      "this file" for stem, path in files.items() if stem not in others]
     return [(images[stem], masks[stem]) for stem in images if stem in masks], problems
-
-
-def common_end(images, masks):
-    """What the masks' stems have after their images', as in IMG_1_mask.png beside IMG_1.jpg."""
-    first = next(iter(masks))
-    ends = ["", *(first[len(stem):] for stem in images if first.startswith(stem))]
-    return max(ends, key=lambda end: sum(stem + end in masks for stem in images))
 
 
 def read_classes(root, zero_is_class):
@@ -1371,21 +1345,20 @@ def contact_sheet(rows, path, titles=(), classes=(), colors=(), side=320):
     if len(colors):
         labels = [picture.ravel() for picture in pictures if picture.ndim == 2]
         seen = np.unique(np.concatenate(labels)) if labels else range(len(classes))
-        known = [k for k in seen if k < len(classes)]
-        strips.append(legend([classes[k] for k in known], [colors[k] for k in known], width))
+        entries = [(classes[k], tuple(map(int, colors[k]))) for k in seen if k < len(classes)]
+        strips.append(_legend([*entries, ("ignored", (0, 0, 0))], width, font))
     Image.fromarray(np.concatenate(strips)).save(path, "PNG")
 
 
-def legend(classes, colors, width):
-    """Class names beside their colours, and "ignored" beside black -> Pillow image of a width."""
-    names, colors = [*classes, "ignored"], [*colors, (0, 0, 0)]
-    columns, font = width // 190, ImageFont.load_default(14)
+def _legend(entries, width, font):
+    """Names beside their colours, [(name, color)] -> Pillow image of a width."""
+    columns = width // 190
     step = width // columns
-    sheet = Image.new("RGB", (width, LINE * math.ceil(len(names) / columns) + 2 * GAP), "white")
+    sheet = Image.new("RGB", (width, LINE * math.ceil(len(entries) / columns) + 2 * GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    for k, (name, color) in enumerate(zip(names, colors)):
+    for k, (name, color) in enumerate(entries):
         x, y = GAP + k % columns * step, GAP + k // columns * LINE
-        draw.rectangle((x, y + 3, x + 22, y + 18), tuple(int(c) for c in color), "black")
+        draw.rectangle((x, y + 3, x + 22, y + 18), color, "black")
         draw.text((x + 28, y + 2), drawable(name, font, step - 40), "black", font)
     return sheet
 
@@ -1480,21 +1453,11 @@ def some(items, count):
 
 
 def open_splits(root, zero_is_class):
-    """{split: dataset} of a folder, of masks or of classes; of the embedded data without one.
-
-    Prints the layout and the label rule of a folder of masks.
-    """
-    splits = [split for split in ("train", "val") if root and (root / split).is_dir()]
-    has_classes = "train" in splits and not (root / "train/images").is_dir()
-    if zero_is_class and (has_classes or not root):
-        raise UserError("--zero-is-class: no effect without a folder of masks; leave it out")
+    """{split: dataset} of a folder, whose layout and label rule it prints, or of Shapes."""
     if not root:
+        if zero_is_class:
+            raise UserError("--zero-is-class: no effect without a folder of masks; leave it out")
         return {split: Shapes(split) for split in ("train", "val")}
-    if has_classes:
-        datasets = {split: TinyImageNet(root, split) for split in splits}
-        for dataset in datasets.values():
-            dataset.transform = v2.PILToTensor()    # the images as they are stored
-        return datasets
     layout, datasets, classes = LAYOUTS[find_layout(root)], {}, None
     splits = [split for split, name in zip(("train", "val"), layout.splits)
               if (root / layout.images.format(name)).parent.is_dir()]
@@ -1506,50 +1469,41 @@ def open_splits(root, zero_is_class):
     return datasets
 
 
-def check(split, dataset, problems, notes):
+def read_all(split, dataset, problems, notes):
     """Read every item of a split and print what they hold. -> indices of the good items
 
     Messages on bad files are added to problems, what is odd about the labels to notes.
     """
     def measure(index):
         try:
-            image, labels, *_ = dataset[index]
+            image, labels, _ = dataset[index]
         except UserError as error:
             return str(error)
-        if torch.is_tensor(labels):
-            labels = np.bincount(labels.flatten(), minlength=256)
-        return image.shape[2], image.shape[1], index, labels
+        return image.shape[2], image.shape[1], index, np.bincount(labels.flatten(), minlength=256)
 
     with ThreadPoolExecutor() as pool:    # Pillow frees the interpreter while it decodes
         results = pool.map(measure, range(len(dataset)))
-        results = list(tqdm(results, split, len(dataset), disable=None))
+        results = list(progress(results, split, total=len(dataset)))
     problems += dataset.problems + [result for result in results if isinstance(result, str)]
     good = [result for result in results if not isinstance(result, str)]
     print(f"{split}: {len(dataset)} images, {len(good)} of them good")
     if not good:
         return []
-    widths, heights, indices, labels = zip(*good)
+    widths, heights, indices, counts = zip(*good)
     for name, values in (("width", widths), ("height", heights)):
         print(f"  {name:6} min {min(values)}, median {np.median(values):.0f}, max {max(values)}")
-    if isinstance(dataset, TinyImageNet):
-        sizes = np.bincount(labels, minlength=dataset.num_classes)
-        print(f"  {dataset.num_classes} classes of {sizes.min()} to {sizes.max()} images")
-        return indices
-    print_labels(dataset, np.stack(labels))
+    print("  id in masks  class  pixels %  images")
+    counts = np.stack(counts)    # (images, 256)
+    ids = dataset.ids or {k + dataset.first_id: k for k in range(dataset.num_classes)}
+    for k, name in [*enumerate(dataset.classes), (IGNORED, "(ignored)")]:
+        stored = ",".join(str(id_) for id_, label in ids.items() if label == k)
+        share, images = 100 * counts[:, k].sum() / counts.sum(), (counts[:, k] > 0).sum()
+        print(f"  {stored:>11} {k:>6} {share:9.3f} {images:7}  {shown(name)}")
     try:
-        notes += dataset.judge(sum(labels))
+        notes += dataset.check(counts.sum(0))
     except UserError as error:
         problems.append(str(error))
     return indices
-
-
-def print_labels(dataset, counts):
-    """The classes, their ids in the masks and their shares. counts: pixels (images, 256)"""
-    print("  id in masks  class  pixels %  images")
-    for k, name in [*enumerate(dataset.classes), (IGNORED, "(ignored)")]:
-        share, images = 100 * counts[:, k].sum() / counts.sum(), (counts[:, k] > 0).sum()
-        ids, label = ("", "") if k == IGNORED else (dataset.stored_ids(k), k)
-        print(f"  {ids:>11} {label:>6} {share:9.3f} {images:7}  {shown(name)}")
 
 
 def main(argv=None):
@@ -1560,26 +1514,19 @@ def main(argv=None):
     add("--zero-is-class", action="store_true", help="id 0 of a mask is a class, not 'unlabelled'")
     add("--out", default="sheet.png", help="where the contact sheet goes (default: %(default)s)")
     args = parser.parse_args(argv)
-    problems, notes, pictures, titles = [], [], [], []
+    problems, notes, rows = [], [], []
     for split, dataset in open_splits(args.path, args.zero_is_class).items():
-        for index in some(check(split, dataset, problems, notes), 4):
-            image, label, *_ = dataset[index]
-            pictures.append(fitted(image.permute(1, 2, 0)))
-            if isinstance(label, int):
-                titles.append(dataset.classes[label])
-            else:
-                pictures.append(fitted(label))
-                titles += ["image", "labels"]
+        for index in some(read_all(split, dataset, problems, notes), 4):
+            image, labels, _ = dataset[index]
+            rows.append([fitted(image.permute(1, 2, 0)), fitted(labels)])
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     for note in notes:
         print(f"note: {note}")
-    if pictures:
-        starts = range(0, len(pictures), 4)
+    if rows:
         with writing("--out", args.out):
-            contact_sheet([pictures[k:k + 4] for k in starts], args.out,
-                          [titles[k:k + 4] for k in starts], dataset.classes,
-                          getattr(dataset, "colors", ()))
+            titles = [["image", "labels"]]
+            contact_sheet(rows, args.out, titles, dataset.classes, dataset.colors)
     if problems:
         raise UserError(f"{shown(args.path)}: faults: {len(problems)}, listed above")
     print(f"every file is good; some of them are drawn in {args.out}")
