@@ -49,6 +49,7 @@ from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval
@@ -282,21 +283,12 @@ def conv(layer, x, **more):
     return F.conv2d(x, weight, layer.bias, groups=x.shape[1] // weight.shape[1], **more)
 
 
-def linear(layer, x):
-    """(..., C)"""
-    return F.linear(x, layer.weight.flatten(1), layer.bias)
-
-
-def ln(m, x):
-    return F.layer_norm(x.movedim(1, -1), x.shape[1:2], m.weight, m.bias, m.eps).movedim(-1, 1)
-
-
-def bn(m, x):
-    return F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
-
-
-def gn(m, x):
-    return F.group_norm(x, m.num_groups, m.weight, m.bias, m.eps)
+# of a layer m of the product and a map x (B, C, H, W); linear: of vectors (..., C)
+linear = lambda m, x: F.linear(x, m.weight.flatten(1), m.bias)
+ln = lambda m, x: F.layer_norm(x.movedim(1, -1), x.shape[1:2], m.weight, m.bias, m.eps).movedim(-1, 1)
+bn = lambda m, x: F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
+gn = lambda m, x: F.group_norm(x, m.num_groups, m.weight, m.bias, m.eps)
+up = lambda x, like, mode="bilinear": F.interpolate(x, like.shape[2:], mode=mode)
 
 
 def cbr(m, x, norm=bn, **more):
@@ -427,12 +419,9 @@ def mix_ffn_formula(m, x, between=lambda y: y):
     return conv(m.fc2, F.gelu(conv(m.dwconv, between(conv(m.fc1, x)), padding=1)))
 
 
-def dest_ffn_formula(m, x):
-    return conv(m.fc2, cbr(m.dwconv, bn(m.fc1.norm, conv(m.fc1.conv, x)), padding=1))
-
-
 FFN_FORMULAS = {"mlp": lambda m, x: conv(m.fc2, F.gelu(conv(m.fc1, x))), "mix": mix_ffn_formula,
-                "mix_relu": partial(mix_ffn_formula, between=torch.relu), "dest": dest_ffn_formula}
+                "mix_relu": partial(mix_ffn_formula, between=torch.relu),
+                "dest": lambda m, x: conv(m.fc2, cbr(m.dwconv, bn(m.fc1.norm, conv(m.fc1.conv, x)), padding=1))}
 NORM_FORMULAS = {"ln": ln, "bn": bn}
 
 
@@ -489,10 +478,6 @@ def test_nmf_against_its_formula(one_step, training):
     direction = images(2, 6, 3, 4, seed=1).double()
     grad, own, other = (torch.autograd.grad((y * direction).sum(), x)[0] for y in (out, expected, other))
     assert close(grad, own, tolerance) and not close(grad, other, 0.1)
-
-
-def up(x, like, mode="bilinear"):
-    return F.interpolate(x, like.shape[2:], mode=mode)
 
 
 def mlp_formula(head, maps):
@@ -849,17 +834,6 @@ def small(case, task="seg"):
     return randomised(model).eval()
 
 
-def fails_for_one(model, x):
-    """Whether some BatchNorm of the model sees a single value of each channel of each image."""
-    seen = []
-    model = copy.deepcopy(model).eval()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[2:].numel()))
-    model(x)
-    return 1 in seen
-
-
 @pytest.mark.parametrize("case", SMALL)
 def test_any_size_in_either_layout(case):
     """Evaluation gives the same bits again, and to an image by itself what it gives to a batch."""
@@ -884,17 +858,20 @@ def test_any_size_in_either_layout(case):
 @pytest.mark.parametrize("case, task", BOTH_TASKS)
 def test_training_step(case, task):
     """Every parameter gets a gradient, also from one image; where a BatchNorm's map is 1 x 1 the error says so."""
-    model = copy.deepcopy(small(case, task)).train()
+    model, seen = copy.deepcopy(small(case, task)), []
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[2:].numel()))
     criterion = layers.UpsampledCrossEntropy() if task == "seg" else nn.CrossEntropyLoss()
-    sizes = [(2, 33), (1, 64)] + ([(1, 32)] if task == "seg" else [])      # 32: the last map is 1 x 1
-    for batch, side in sizes:
-        x = images(batch, 3, side, side)
-        if batch == 1 and fails_for_one(model, x):
+    for batch, side in [(2, 33), (1, 64)] + ([(1, 32)] if task == "seg" else []):      # 32: the last map is 1 x 1
+        x, labels = images(batch, 3, side, side), torch.zeros(batch, dtype=torch.long)
+        seen.clear()
+        model.eval()(x)
+        model.train().zero_grad()
+        if batch == 1 and 1 in seen:
             refused(lambda: model(x), "--batch-size 2")
             continue
-        labels = torch.zeros((batch, side, side) if task == "seg" else batch, dtype=torch.long)
-        model.zero_grad()
-        loss = criterion(model(x), labels)
+        loss = criterion(model(x), labels if task == "cls" else torch.zeros_like(x[:, 0], dtype=torch.long))
         loss.backward()
         assert loss.isfinite()
         assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
@@ -2265,23 +2242,20 @@ def test_classification_views_against_plain_pillow(tmp_path):
 
 def test_mixing_against_brute_force():
     images, labels = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 2])
-    soft = [torch.tensor([0.02 + 0.9 * (j == k) for j in range(5)]) for k in labels]
-    shares = set()
+    soft, shares = 0.02 + 0.9 * F.one_hot(labels, 5), set()
     for seed in range(20):
         mixed, targets = data.mixup_cutmix(images, labels, 5, (0, seed), mixup=0.8, cutmix=0.0, smoothing=0.1)
         share = ((mixed[0] - images[3]) / (images[0] - images[3])).median()
-        for i in range(4):
-            assert torch.allclose(mixed[i], share * images[i] + (1 - share) * images[3 - i], atol=1e-5)
-            assert torch.allclose(targets[i], share * soft[i] + (1 - share) * soft[3 - i], atol=1e-5)
+        assert torch.allclose(mixed, share * images + (1 - share) * images.flip(0), atol=1e-5)
+        assert torch.allclose(targets, share * soft + (1 - share) * soft.flip(0), atol=1e-5)
         mixed, targets = data.mixup_cutmix(images, labels, 5, (0, seed), mixup=0.0, cutmix=1.0, smoothing=0.1)
         pasted = (mixed[0] != images[0]).all(0)
         share = 1 - pasted.float().mean()  # counted in pixels, box cut off at the border or not
         rows, columns = pasted.any(1), pasted.any(0)
         assert torch.equal(pasted, rows[:, None] & columns)
         assert all((m.int().diff() != 0).sum() <= 2 for m in (rows, columns))
-        for i in range(4):
-            assert torch.equal(mixed[i], torch.where(pasted, images[3 - i], images[i]))
-            assert torch.allclose(targets[i], share * soft[i] + (1 - share) * soft[3 - i], atol=1e-6)
+        assert torch.equal(mixed, torch.where(pasted, images.flip(0), images))
+        assert torch.allclose(targets, share * soft + (1 - share) * soft.flip(0), atol=1e-6)
         shares.add(share.item())
     assert len(shares) > 10
     same, targets = data.mixup_cutmix(images, labels, 5, (0, 0), mixup=0.0, cutmix=0.0, smoothing=0.0)
@@ -2573,11 +2547,9 @@ def test_eval_mistakes_are_one_line(street, tmp_path):
 
 def flop_counter_macs(model, size):
     """FlopCounterMode / 2 on the meta device, where it knows every attention kernel."""
-    from torch.utils.flop_counter import FlopCounterMode
-    model = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model(torch.zeros(1, 3, *size, device="meta"))
+        copy.deepcopy(model).to("meta").eval().requires_grad_(False)(torch.zeros(1, 3, *size, device="meta"))
     assert counter.get_total_flops() % 2 == 0
     return counter.get_total_flops() // 2
 
@@ -2797,20 +2769,14 @@ CUTS = {       # where a run ends: (module of the function that ends it, if not 
 @pytest.mark.parametrize("name, place", [*(("seg", place) for place in CUTS),
                                          *((name, "in the last step of epoch 2") for name in RUNS if name != "seg")])
 def test_resuming_gives_the_bits_of_never_having_stopped(tiny, uninterrupted, tmp_path, capsys, name, place):
-    script, more = RUNS[name]
-    module, function, when = CUTS[place]
-    original = getattr(module or script, function)
-
-    def cutting(*args, **more):
-        if when(*args):
-            raise EOFError
-        return original(*args, **more)
+    (script, more), (module, function, when), whole = RUNS[name], CUTS[place], uninterrupted[name]
+    original, cut = getattr(module or script, function), raising(EOFError)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(EOFError):
-        patch.setattr(module or script, function, cutting)
+        patch.setattr(module or script, function,
+                      lambda *args, **more: cut() if when(*args) else original(*args, **more))
         train(script, tiny, tmp_path, *more, "--save-every", "1")
     torch.rand(3)                                                   # whatever the global random stream holds
     train(script, tiny, tmp_path, *more)
-    whole = uninterrupted[name]
     assert same_bits(last(tmp_path), last(whole)) and last(whole)["epoch"] == 2
     assert same_bits(rows(tmp_path), rows(whole)) and [row["epoch"] for row in rows(whole)] == [1, 2]
     assert same_bits(*(models.read_checkpoint(folder / "best.pt")["model"] for folder in (tmp_path, whole)))
