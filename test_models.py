@@ -762,10 +762,6 @@ def test_families_drop_paths_and_stage_norms(name, cls, seg, norms):
     assert len(encoders) == 1 or "swin" in name     # there the norms stand beside the trunk, on the maps that are read
 
 
-# these keep the full depth in range
-DEST_FACTORS = {"attn.proj.weight": 1 / 16, "attn.q.weight": 1 / 4, "mlp.fc2.weight": 1 / 4}
-
-
 def with_depths(monkeypatch, name, depths):
     """Change the depths of a model's row for this test; Next-ViT's groups shrink along."""
     row = models.MODELS[name].size
@@ -782,7 +778,9 @@ def test_golden_networks(case, monkeypatch):
     model = models.build(name, task, 200 if case == "seed_final_cls_64x64" else None)
     form = FORMATS[form]
     names = form.names(model)
-    factors = DEST_FACTORS if "dest" in case and not depths else {}
+    factors = {}
+    if "dest" in case and not depths:                               # these keep its full depth in range
+        factors = {"attn.proj.weight": 1 / 16, "attn.q.weight": 1 / 4, "mlp.fc2.weight": 1 / 4}
     report = models.load_pretrained(model, reference_state(model, names, factors))
     assert report.format == form.name and not report.missing and not report.unexpected
     assert report.loaded == [key for key in model.state_dict() if key in names]
@@ -1007,12 +1005,10 @@ def test_file_systems_without_locks_or_fsync_of_folders(tmp_path, monkeypatch, c
     refused(lambda: models.lock_folder(tmp_path), "best.pt: a folder")
 
 
-class Bomb:
-    def __reduce__(self):
-        return (print, ("code was run",))
-
-
 def test_hostile_checkpoints_are_refused_in_one_line(tmp_path, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return (print, ("code was run",))
     path, fifo = tmp_path / "x.pt", tmp_path / "fifo.pt"
     torch.save({"a": torch.arange(1000.)}, path)
     good = path.read_bytes()
@@ -1233,24 +1229,18 @@ def hub_segformer(index, num_classes=150):
         depths=list(size.depths), hidden_sizes=list(size.dims), decoder_hidden_size=size.width, num_labels=num_classes))
 
 
-def timm_model(name, **more):
-    return pytest.importorskip("timm").create_model(name, num_classes=21, **more)
-
-
-# case: (row, depths, format, their model, the modules that give the four maps, sizes at which their code is right)
+# case: (row, depths, format, timm's name, the modules that give the four maps, sizes at which their code is right)
 LIBRARIES = {
-    "pvt_v2": ("pvt_v2_b0", (2, 1, 1, 1), "timm PVTv2", lambda: timm_model("pvt_v2_b0", depths=(2, 1, 1, 1)),
-               "stages.0 stages.1 stages.2 stages.3", [(224, 224), (97, 130)]),
-    "pvt_v2_li": ("pvt_v2_b2_li", (1, 1, 2, 1), "timm PVTv2", lambda: timm_model("pvt_v2_b2_li", depths=(1, 1, 2, 1)),
-                  "stages.0 stages.1 stages.2 stages.3", [(224, 224), (97, 130)]),
-    "nextvit": ("nextvit_s", (1, 2, 5, 2), "timm Next-ViT", lambda: timm_model("nextvit_small", depths=(1, 2, 5, 2)),
-                "stages.0 stages.1 stages.2 norm", [(224, 224), (97, 130)]),
-    "swin": ("swin_t", (2, 2, 2, 2), "timm Swin",               # it rolls before it pads
-             lambda: timm_model("swin_tiny_patch4_window7_224", depths=(2, 2, 2, 2)),
-             "layers.0 layers.1 layers.2 norm", [(224, 224)]),
-    "swin_tv": ("swin_t", (2, 2, 2, 2), "torchvision Swin",     # it drops what 4 does not divide
-                lambda: torchvision.models.SwinTransformer([4, 4], 96, [2] * 4, [3, 6, 12, 24], [7, 7], num_classes=21),
-                "features.1 features.3 features.5 norm", [(224, 224), (260, 324)]),
+    "pvt_v2": ("pvt_v2_b0", (2, 1, 1, 1), "timm PVTv2", "pvt_v2_b0", "stages.0 stages.1 stages.2 stages.3",
+               [(224, 224), (97, 130)]),
+    "pvt_v2_li": ("pvt_v2_b2_li", (1, 1, 2, 1), "timm PVTv2", "pvt_v2_b2_li", "stages.0 stages.1 stages.2 stages.3",
+                  [(224, 224), (97, 130)]),
+    "nextvit": ("nextvit_s", (1, 2, 5, 2), "timm Next-ViT", "nextvit_small", "stages.0 stages.1 stages.2 norm",
+                [(224, 224), (97, 130)]),
+    "swin": ("swin_t", (2, 2, 2, 2), "timm Swin", "swin_tiny_patch4_window7_224", "layers.0 layers.1 layers.2 norm",
+             [(224, 224)]),                                         # it rolls before it pads
+    "swin_tv": ("swin_t", (2, 2, 2, 2), "torchvision Swin", None, "features.1 features.3 features.5 norm",
+                [(224, 224), (260, 324)]),                          # it drops what 4 does not divide
 }
 
 
@@ -1268,8 +1258,11 @@ def maps_of(model, modules, x):
 
 @pytest.mark.parametrize("case", LIBRARIES)
 def test_families_equal_their_libraries(case, monkeypatch, tmp_path):
-    name, depths, form, make, modules, sizes = LIBRARIES[case]
-    theirs = make().eval()
+    name, depths, form, timms, modules, sizes = LIBRARIES[case]
+    if timms:
+        theirs = pytest.importorskip("timm").create_model(timms, num_classes=21, depths=depths).eval()
+    else:
+        theirs = torchvision.models.SwinTransformer([4, 4], 96, depths, [3, 6, 12, 24], [7, 7], num_classes=21).eval()
     weights = {k: fill(k, v.shape) if v.is_floating_point() else v for k, v in theirs.state_dict().items()}
     theirs.load_state_dict(weights)
     with_depths(monkeypatch, name, depths)
@@ -1410,16 +1403,13 @@ def test_export_by_command(monkeypatch, tmp_path, capsys):
     assert parts and all(part["label"] in loaded.classes and part["mask"].size == (80, 60) for part in parts)
 
 
-# (the model, whose file it gets, the file's format): another size, another family
-STRANGERS = [("segformer_b0", "segformer_b2", "Hugging Face SegFormer"), ("pvt_v2_b2", "pvt_v2_b2_li", "timm PVTv2"),
-             ("segnext_t", "segnext_s", "MSCAN encoder"), ("nextvit_b", "nextvit_s", "timm Next-ViT"),
-             ("swin_s", "swin_t", "Swin encoder"), ("dest_b1", "dest_b2", "DEST encoder"),
-             ("lite_final", "lite_lsra", "original project"),
-             ("swin_t", "pvt_v2_b0", "SegFormer / PVTv2 encoder"),
-             ("segnext_t", "nextvit_s", "Next-ViT encoder")]
-
-
-@pytest.mark.parametrize("name, donor, form", STRANGERS)
+@pytest.mark.parametrize("name, donor, form", [             # the model, whose file it gets: another size or family
+    ("segformer_b0", "segformer_b2", "Hugging Face SegFormer"), ("pvt_v2_b2", "pvt_v2_b2_li", "timm PVTv2"),
+    ("segnext_t", "segnext_s", "MSCAN encoder"), ("nextvit_b", "nextvit_s", "timm Next-ViT"),
+    ("swin_s", "swin_t", "Swin encoder"), ("dest_b1", "dest_b2", "DEST encoder"),
+    ("lite_final", "lite_lsra", "original project"),
+    ("swin_t", "pvt_v2_b0", "SegFormer / PVTv2 encoder"),
+    ("segnext_t", "nextvit_s", "Next-ViT encoder")])
 def test_files_of_another_row_are_named(name, donor, form):
     state = as_file(on_meta(donor, "cls"), form)
     refused(lambda: models.load_pretrained(on_meta(name, "cls"), state), form, "does not fit", "--model")
@@ -2420,15 +2410,14 @@ def test_outputs_that_are_not_finite_name_the_image(small_model):
         refused(lambda: eval.evaluate_cls(classifier, items, data.Processes(), 3, 0), "image 2", "not finite")
 
 
-def test_predict_takes_pictures(small_model):
+def test_predict_takes_pictures(small_model, monkeypatch):
     pixels = Pairs()[3][0]
-    small_model.size = 40
+    monkeypatch.setattr(small_model, "size", 40, raising=False)
     expected = eval.predict(small_model, pixels, short_side=40)
     assert expected.shape == (33, 91)
     assert torch.equal(eval.predict(small_model, Image.fromarray(pixels.permute(1, 2, 0).numpy())), expected)
     assert torch.equal(eval.predict(small_model, pixels[None].repeat(2, 1, 1, 1)), expected[None].repeat(2, 1, 1))
     refused(lambda: eval.predict(small_model, pixels.float()), "uint8")
-    del small_model.size
 
 
 def test_protocol_against_the_plain_computation():
