@@ -58,87 +58,71 @@ class Size:
     rank: int = 64                          # bases of an NMF head
     drop_path: tuple = (0.1, 0.1)           # (cls, seg), rising linearly over the blocks
     eps: float = 1e-6                       # LayerNorms of blocks and stages; all others: 1e-5
-    stage_norm: str = "trunk"               # a key of STAGE_NORM
-    init: str = "mit"                       # a key of INIT
+    # Of the norm that ends a stage: its class, the tasks that have it at each stage, whether the
+    # next stage sees the normed map. Where it is for "seg", a classifier has one alone, at its end.
+    stage_norm: tuple = (NORM["ln"], "both", True)
+    init: tuple = (0.02, "fan_out")         # linear layers, other convolutions: see init_encoder
     groups: tuple | None = None             # Next-ViT: an NTB ends each so many; 0: none
 
 
-def mit(dims, *depths, **more):
-    """A row of MiT's shape: only the first width set and the depths differ."""
-    return Size({32: (32, 64, 160, 256), 64: (64, 128, 320, 512)}[dims], depths, **more)
-
-
-def pvt_v2(dims, *depths, **more):
-    """PVTv2, Tables 1 and 2 (arXiv 2106.13797): MiT with expansion 8-8-4-4."""
-    width = 256 if dims == 32 else 768
-    return mit(dims, *depths, **{"ratios": (8, 8, 4, 4), "width": width} | more)
-
-
-def mscan(dims, *depths, **more):
-    """SegNeXt, Table 2 (arXiv 2209.08575)."""
-    return mit(dims, *depths, ratios=(8, 8, 4, 4), eps=1e-5, init="mscan", **more)
-
-
-def swin(dim, depth, cls):
-    """Swin, §3.3 (arXiv 2103.14030): width C, depth of stage 3, drop-path of classification."""
-    return Size((dim, 2 * dim, 4 * dim, 8 * dim), (2, 2, depth, 2),
-                (dim // 32, dim // 16, dim // 8, dim // 4), width=256, drop_path=(cls, 0.3),
-                eps=1e-5, stage_norm="tap", init="swin")
-
-
-def next_vit(depth, cls):
-    """Next-ViT, Table 3 (arXiv 2207.05501): depth of stage 3. dims: what the stages give."""
-    return Size((96, 256, 512, 1024), (3, 4, depth, 3), (3, 6, 12, 24), drop_path=(cls, 0.2),
-                stage_norm="bn", init="normal", groups=(0, 4, 5, 3))
-
-
-def dest(dims, *depths):
-    """DEST, Table 1 (arXiv 2204.13791), as in its depth code."""
-    dims = {32: (32, 64, 160, 256), 64: (64, 128, 250, 320)}[dims]
-    return Size(dims, depths, ratios=(8, 8, 4, 4), width=256, stage_norm="none")
-
+# The widths of MiT-B0 and of B1 to B5; what the rows of a family share
+SMALL, LARGE = (32, 64, 160, 256), (64, 128, 320, 512)
+PVT_SIZE = dict(ratios=(8, 8, 4, 4))
+MSCAN_SIZE = dict(ratios=(8, 8, 4, 4), eps=1e-5, init=("fan_out", "fan_out"))
+SWIN_SIZE = dict(dims=(96, 192, 384, 768), heads=(3, 6, 12, 24), width=256, eps=1e-5,
+                 stage_norm=(NORM["ln"], "seg", False), init=(0.02, None))
+HYBRID_SIZE = dict(stage_norm=(NORM["bn"], "seg", True), init=(0.02, 0.02))
+NEXT_SIZE = HYBRID_SIZE | dict(dims=(96, 256, 512, 1024), heads=(3, 6, 12, 24), groups=(0, 4, 5, 3))
+DEST_SIZE = dict(ratios=(8, 8, 4, 4), width=256, stage_norm=(None, "both", True))
 
 SIZES = {
     # SegFormer, Table 6 (arXiv 2105.15203), with the released code's ratios (the table: 8-8-4-4)
-    "mit_b0": mit(32, 2, 2, 2, 2, width=256),
-    "mit_b1": mit(64, 2, 2, 2, 2, width=256),
-    "mit_b2": mit(64, 3, 4, 6, 3),
-    "mit_b3": mit(64, 3, 4, 18, 3),
-    "mit_b4": mit(64, 3, 8, 27, 3),
-    "mit_b5": mit(64, 3, 6, 40, 3),
-    "pvt_v2_b0": pvt_v2(32, 2, 2, 2, 2),
-    "pvt_v2_b1": pvt_v2(64, 2, 2, 2, 2),
-    "pvt_v2_b2": pvt_v2(64, 3, 4, 6, 3),
-    "pvt_v2_b3": pvt_v2(64, 3, 4, 18, 3, drop_path=(0.3, 0.1)),
-    "pvt_v2_b4": pvt_v2(64, 3, 8, 27, 3, drop_path=(0.3, 0.1)),
-    "pvt_v2_b5": pvt_v2(64, 3, 6, 40, 3, drop_path=(0.3, 0.1), ratios=(4, 4, 4, 4)),
-    # mmsegmentation 1.x runs B and L with 16 bases by oversight
-    "mscan_t": mscan(32, 3, 3, 5, 2, decoder=256, rank=16),
-    "mscan_s": mscan(64, 2, 2, 4, 2, decoder=256, rank=16),
-    "mscan_b": mscan(64, 3, 3, 12, 3, decoder=512),
-    "mscan_l": mscan(64, 3, 5, 27, 3, decoder=1024, drop_path=(0.2, 0.3)),
-    "swin_t": swin(96, 6, 0.2),
-    "swin_s": swin(96, 18, 0.3),
-    "swin_b": swin(128, 18, 0.5),
-    "next_vit_s": next_vit(10, 0.1),
-    "next_vit_b": next_vit(20, 0.2),
-    "next_vit_l": next_vit(30, 0.2),
-    "dest_b0": dest(32, 2, 2, 2, 2),
-    "dest_b1": dest(64, 2, 2, 2, 2),
-    "dest_b2": dest(64, 3, 3, 6, 3),
-    "dest_b3": dest(64, 3, 6, 8, 3),
-    "dest_b4": dest(64, 3, 8, 12, 5),       # its segmentation file gives B4 the depths of B3
-    "dest_b5": dest(64, 3, 10, 16, 5),
-    "lawin_b0": mit(32, 2, 2, 2, 2, width=256, decoder=128),
-    "lawin_b1": mit(64, 2, 2, 2, 2, width=256, decoder=128),
-    "lawin_b2": mit(64, 3, 4, 6, 3, decoder=512),
-    "lawin_b3": mit(64, 3, 4, 18, 3, decoder=512),
-    "lawin_b4": mit(64, 3, 8, 27, 3, decoder=(768, 512)),       # in the projections, after them
-    "lawin_b5": mit(64, 3, 6, 40, 3, decoder=512),
+    "mit_b0": Size(SMALL, (2, 2, 2, 2), width=256),
+    "mit_b1": Size(LARGE, (2, 2, 2, 2), width=256),
+    "mit_b2": Size(LARGE, (3, 4, 6, 3)),
+    "mit_b3": Size(LARGE, (3, 4, 18, 3)),
+    "mit_b4": Size(LARGE, (3, 8, 27, 3)),
+    "mit_b5": Size(LARGE, (3, 6, 40, 3)),
+    # PVTv2, Tables 1 and 2 (arXiv 2106.13797)
+    "pvt_v2_b0": Size(SMALL, (2, 2, 2, 2), width=256, **PVT_SIZE),
+    "pvt_v2_b1": Size(LARGE, (2, 2, 2, 2), **PVT_SIZE),
+    "pvt_v2_b2": Size(LARGE, (3, 4, 6, 3), **PVT_SIZE),
+    "pvt_v2_b3": Size(LARGE, (3, 4, 18, 3), drop_path=(0.3, 0.1), **PVT_SIZE),
+    "pvt_v2_b4": Size(LARGE, (3, 8, 27, 3), drop_path=(0.3, 0.1), **PVT_SIZE),
+    "pvt_v2_b5": Size(LARGE, (3, 6, 40, 3), drop_path=(0.3, 0.1)),
+    # SegNeXt, Table 2 (arXiv 2209.08575); mmsegmentation 1.x runs B, L with 16 bases by oversight
+    "mscan_t": Size(SMALL, (3, 3, 5, 2), decoder=256, rank=16, **MSCAN_SIZE),
+    "mscan_s": Size(LARGE, (2, 2, 4, 2), decoder=256, rank=16, **MSCAN_SIZE),
+    "mscan_b": Size(LARGE, (3, 3, 12, 3), decoder=512, **MSCAN_SIZE),
+    "mscan_l": Size(LARGE, (3, 5, 27, 3), decoder=1024, drop_path=(0.2, 0.3), **MSCAN_SIZE),
+    # Swin, §3.3 (arXiv 2103.14030)
+    "swin_t": Size(depths=(2, 2, 6, 2), drop_path=(0.2, 0.3), **SWIN_SIZE),
+    "swin_s": Size(depths=(2, 2, 18, 2), drop_path=(0.3, 0.3), **SWIN_SIZE),
+    "swin_b": Size(depths=(2, 2, 18, 2), drop_path=(0.5, 0.3),
+                   **SWIN_SIZE | dict(dims=(128, 256, 512, 1024), heads=(4, 8, 16, 32))),
+    # Next-ViT, Table 3 (arXiv 2207.05501); dims: what the stages give
+    "next_vit_s": Size(depths=(3, 4, 10, 3), drop_path=(0.1, 0.2), **NEXT_SIZE),
+    "next_vit_b": Size(depths=(3, 4, 20, 3), drop_path=(0.2, 0.2), **NEXT_SIZE),
+    "next_vit_l": Size(depths=(3, 4, 30, 3), drop_path=(0.2, 0.2), **NEXT_SIZE),
+    # DEST, Table 1 (arXiv 2204.13791), as in its depth code; its segmentation file gives B4 the
+    # depths of B3
+    "dest_b0": Size(SMALL, (2, 2, 2, 2), **DEST_SIZE),
+    "dest_b1": Size((64, 128, 250, 320), (2, 2, 2, 2), **DEST_SIZE),
+    "dest_b2": Size((64, 128, 250, 320), (3, 3, 6, 3), **DEST_SIZE),
+    "dest_b3": Size((64, 128, 250, 320), (3, 6, 8, 3), **DEST_SIZE),
+    "dest_b4": Size((64, 128, 250, 320), (3, 8, 12, 5), **DEST_SIZE),
+    "dest_b5": Size((64, 128, 250, 320), (3, 10, 16, 5), **DEST_SIZE),
+    # Lawin: MiT with a decoder of its own
+    "lawin_b0": Size(SMALL, (2, 2, 2, 2), width=256, decoder=128),
+    "lawin_b1": Size(LARGE, (2, 2, 2, 2), width=256, decoder=128),
+    "lawin_b2": Size(LARGE, (3, 4, 6, 3), decoder=512),
+    "lawin_b3": Size(LARGE, (3, 4, 18, 3), decoder=512),
+    "lawin_b4": Size(LARGE, (3, 8, 27, 3), decoder=(768, 512)),     # in the projections, after them
+    "lawin_b5": Size(LARGE, (3, 6, 40, 3), decoder=512),
     # the original project's own shape; its LayerNorms have PyTorch's eps
     "lite_1121": Size((64, 128, 256, 512), (1, 1, 2, 1), (1, 2, 4, 8), eps=1e-5),
     "lite_1221": Size((64, 128, 256, 512), (1, 2, 2, 1), (1, 2, 4, 8), eps=1e-5),
-    "lite_hybrid": mit(64, 3, 4, 6, 3, stage_norm="bn", init="normal", groups=(0, 4, 6, 3)),
+    "lite_hybrid": Size(LARGE, (3, 4, 6, 3), groups=(0, 4, 6, 3), **HYBRID_SIZE),
 }
 
 
@@ -166,14 +150,13 @@ class Spec:
         word = getattr(self, slot)
         return word if isinstance(word, tuple) else (word,) * 4
 
+    def spelt(self, template, separator):
+        """The overrides as the user writes them, one string each."""
+        return [template.format(slot, words if isinstance(words, str) else separator.join(words))
+                for slot, words in self.overrides.items()]
+
     def __str__(self):
-        return "-".join([self.name, *spelt(self.overrides, "{}={}", "+")])
-
-
-def spelt(slots, template, separator):
-    """{slot: word or words} -> the slots as the user writes them, one string each."""
-    return [template.format(slot, words if isinstance(words, str) else separator.join(words))
-            for slot, words in slots.items()]
+        return "-".join([self.name, *self.spelt("{}={}", "+")])
 
 
 # ffn, norm and skip name what Next-ViT's stages have of their own; stage 1 has no attention
@@ -205,15 +188,6 @@ MODELS = {spec.name: spec for spec in [
     Spec("lite_hybrid", "lite_hybrid", **NEXT),
     Spec("lite_final", "lite_1221", attn="lsra_noproj", ffn="dest", head="light_ham"),
 ]}
-
-# stage_norm: (class of the norm that ends a stage, tasks that have it at each stage, whether the
-# next stage sees the normed map). Where it is for "seg", a classifier has one alone, at its end.
-STAGE_NORM = {
-    "trunk": (NORM["ln"], "both", True),    # SegFormer, PVTv2, SegNeXt
-    "none": (None, "both", True),           # DEST
-    "tap": (NORM["ln"], "seg", False),      # Swin: on the maps that the head reads
-    "bn": (NORM["bn"], "seg", True),        # Next-ViT
-}
 
 
 # ---- The skeleton --------------------------------------------------------------------------------
@@ -248,14 +222,13 @@ class Stage(nn.Module):
 def second_pass(block):
     """A pass that has been seen before: BatchNorms leave their running statistics as they are."""
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm, (momentum, batches) in zip(norms, before):
-            norm.momentum, norm.num_batches_tracked = momentum, batches
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 class Encoder(nn.Module):
@@ -310,7 +283,7 @@ def build_stage(spec, i, task, rates, reads):
     else:
         width, blocks = next_vit_blocks(attn, dim, reduction, rates, size.groups[i])
     embed = embed(size.dims[i - 1] if i else 3, width, 2 if i else 4, norm)
-    kind, tasks, in_trunk = STAGE_NORM[size.stage_norm]
+    kind, tasks, in_trunk = size.stage_norm
     wanted = in_trunk or reads
     if tasks == "seg" and task == "cls":
         wanted = i == 3
@@ -351,12 +324,10 @@ def build(name, task="seg", num_classes=None, drop_path=None, **slots):
     if not 0 <= rate < 1:
         raise UserError(f"drop_path {rate}: must be at least 0 and below 1")
     blocks = sum(size.depths)
-    rates = [rate * i / max(blocks - 1, 1) for i in range(blocks)]
+    rates = iter([rate * i / max(blocks - 1, 1) for i in range(blocks)])
     uses = HEAD[spec.head].uses if task == "seg" else (3,)
-    stages = []
-    for i, depth in enumerate(size.depths):
-        start = sum(size.depths[:i])
-        stages.append(build_stage(spec, i, task, rates[start:start + depth], i in uses))
+    stages = [build_stage(spec, i, task, list(itertools.islice(rates, depth)), i in uses)
+              for i, depth in enumerate(size.depths)]
     if task == "seg":
         head = HEAD[spec.head](size.dims, num_classes, head_width(spec), size.rank)
     else:
@@ -367,7 +338,7 @@ def build(name, task="seg", num_classes=None, drop_path=None, **slots):
     for m in model.modules():
         if isinstance(m, layers.WindowAttention):
             m.shift_small = task == "seg"
-    init_encoder(model.encoder, *INIT[size.init])
+    init_encoder(model.encoder, *size.init)
     return model
 
 
@@ -387,16 +358,16 @@ def make_spec(name, **slots):
                 known = ", ".join(SLOTS[slot])
                 raise UserError(f"--{slot} {word!r} is not known; choose from: {known}")
         if len(words) not in ((1,) if slot == "head" else (1, 4)):
-            four = "" if slot == "head" else ", or four, one for each stage"
-            raise UserError(f"--{slot} {','.join(words)}: give one word{four}")
+            raise UserError(f"--{slot} {','.join(words)}: give one word, or four, one for each "
+                            "stage (a head has one word)")
         chosen[slot] = words[0] if len(set(words)) == 1 else words
-    row = MODELS[name]
-    for slot in ("ffn", "norm", "skip"):
-        if SIZES[row.size].groups and chosen.get(slot, getattr(row, slot)) != getattr(row, slot):
+    spec = replace(MODELS[name], **chosen)
+    for slot in spec.overrides:
+        if SIZES[spec.size].groups and slot in ("ffn", "norm", "skip"):
             raise UserError(f"--{slot} {slots[slot]} does not go with --model {name}: Next-ViT's "
                             "stages have their own ffn, norm and skip; change its embed, attn or "
                             "head, or choose a model of plain blocks")
-    return replace(row, **chosen)
+    return spec
 
 
 def head_width(spec):
@@ -434,14 +405,6 @@ def init_encoder(encoder, linear, conv):
             nn.init.normal_(m.weight, std=std)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
-
-
-INIT = {    # of linear layers, of other convolutions: a standard deviation or its rule
-    "mit": (0.02, "fan_out"),               # MiT, PVTv2, DEST
-    "mscan": ("fan_out", "fan_out"),
-    "swin": (0.02, None),
-    "normal": (0.02, 0.02),                 # Next-ViT
-}
 
 
 # ---- Parameter groups, fusing, the command line, the catalogue -----------------------------------
@@ -530,8 +493,8 @@ def print_catalogue():
     for name, spec in MODELS.items():
         with torch.device("meta"):
             seg, cls = (sum(p.numel() for p in build(name, task).parameters()) for task in CLASSES)
-        stages = {slot: tuple(dict.fromkeys(spec.words(slot))) for slot in SLOTS}
-        print(f"{name:<18}{seg / 1e6:9.3f}{cls / 1e6:9.3f}", "", *spelt(stages, "{}={}", "+"))
+        words = [f"{slot}={'+'.join(dict.fromkeys(spec.words(slot)))}" for slot in SLOTS]
+        print(f"{name:<18}{seg / 1e6:9.3f}{cls / 1e6:9.3f}", "", *words)
     for slot, words in SLOTS.items():
         print(f"\n--{slot}")
         for word, block in words.items():
@@ -651,21 +614,6 @@ SAFETENSORS = {
 }
 
 
-def write_safetensors(path, state):
-    """As read_safetensors has it; large elements first: each lies at a multiple of its size."""
-    state = dict(sorted(state.items(), key=lambda entry: -entry[1].element_size()))
-    words = {dtype: word for word, dtype in SAFETENSORS.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in state.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": words[tensor.dtype], "shape": tensor.shape,
-                        "data_offsets": [start, end]}
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
-    tensors = (tensor.flatten().view(torch.uint8).numpy() for tensor in state.values())
-    write_file(path, [len(header).to_bytes(8, "little"), header, *tensors])
-
-
 def read_safetensors(path):
     """Read a .safetensors file (8 bytes length, a JSON header, raw tensors) -> {name: tensor},
     mapped from the disk, after each number of the header is checked. Errors: UserError."""
@@ -675,7 +623,7 @@ def read_safetensors(path):
     try:
         if start > min(len(raw), 100_000_000):      # the format's own limit
             raise ValueError(f"it has {len(raw)} bytes and claims a header of {start - 8}")
-        header = json.loads(raw[8:start].decode("utf-8"), object_pairs_hook=unique)
+        header = json.loads(raw[8:start].decode("utf-8"))
         if not all(isinstance(text, str) for text in header.pop("__metadata__", {}).values()):
             raise ValueError("its metadata are not texts")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -697,14 +645,6 @@ def read_safetensors(path):
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no safetensors file, or a damaged one ({error})")
     return tensors
-
-
-def unique(pairs):
-    """A JSON object's (name, value) pairs -> dict; ValueError where a name occurs twice."""
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return table
 
 
 # ---- A run's folder: .lock, last.pt, best.pt, log.jsonl ------------------------------------------
@@ -839,7 +779,6 @@ def training_parser(description, recipe, quick):
 
 def settle_arguments(args, recipe, quick, processes):
     """Fill in what was not given, and refuse what does not go together."""
-    on_cuda = processes.device.type == "cuda"
     for key, value in (recipe if args.data_path else quick).items():
         if getattr(args, key) is not None:
             continue
@@ -850,13 +789,12 @@ def settle_arguments(args, recipe, quick, processes):
                                 f"{processes.world} processes x {args.accum} passes; give a value")
             value //= parts
         setattr(args, key, value)
-    if args.sync_bn and not on_cuda:
-        raise UserError("--sync-bn: PyTorch has it for CUDA only; leave it out on the CPU")
+    for flag, given in (("--sync-bn", args.sync_bn), ("--deterministic", args.deterministic)):
+        if given and processes.device.type != "cuda":
+            raise UserError(f"{flag}: for CUDA only; leave it out on the CPU")
     for flag, given in (("--sync-bn", args.sync_bn), ("--checkpointing", args.checkpointing)):
         if given and args.compile:
             raise UserError(f"{flag} with --compile: PyTorch cannot compile it; leave one out")
-    if args.deterministic and not on_cuda:
-        raise UserError("--deterministic: on the CPU every run gives the same bits; leave it out")
 
 
 def steps_or_epochs(text):
@@ -1251,6 +1189,8 @@ HEADS = re.compile(r"(head|classifier|decode_head|auxiliary_head|neck|proj_head"
 # What no forward pass reads; and norms that Swin and Next-ViT have for one of the two tasks alone
 DEAD = re.compile(r".*\.(relative_position_index|attn_mask)$|decode_head\.conv_seg\."
                   r"|(backbone\.)?(norm\d?|extra_norm_list\.3|proj_head)\.")
+# A BatchNorm's or an average's: older files lack them, and nothing here reads them
+COUNTERS = ("num_batches_tracked", "n_averaged")
 TASK_NORMS = re.compile(r"encoder\.stages\.\d\.norm\.")
 MERGING = re.compile(r"encoder\.stages\.[123]\.embed\.")
 
@@ -1291,12 +1231,13 @@ def load_pretrained(model, source):
     if form is None:
         raise UserError(f"{path}: none of its {len(state)} tensors ({', '.join(state)[:99]} "
                         f"...) has a name of a format that {model.spec} is known in")
-    outside = [name for name in state if not name.startswith(prefix) and not counter(name)]
+    outside = [name for name in state
+               if not (name.startswith(prefix) or name.endswith(COUNTERS))]
     state = {name.removeprefix(prefix): value for name, value in state.items()
              if name.startswith(prefix)}
     found, misfits, missing = match(model, state, form)
     fresh = settle_head(model, state, found, misfits, missing)
-    if model.task == "seg" and STAGE_NORM[SIZES[model.spec.size].stage_norm][1] == "seg":
+    if model.task == "seg" and SIZES[model.spec.size].stage_norm[1] == "seg":
         fresh += [key for key in missing if TASK_NORMS.match(key)]
     missing = [key for key in missing if key not in fresh]
     wrong = [key for key in misfits if key not in fresh]
@@ -1305,7 +1246,7 @@ def load_pretrained(model, source):
     if wrong or missing or foreign:
         remedy = "give the --model and the words that it was trained with"
         if trained and trained != model.spec:
-            words = [f"--model {trained.name}", *spelt(trained.overrides, "--{} {}", ",")]
+            words = [f"--model {trained.name}", *trained.spelt("--{} {}", ",")]
             remedy = f"it looks like {trained.name}: give {' '.join(words)}"
         raise UserError(f"{path}: does not fit {model.spec} ({form.name}; of another shape: "
                         f"{some(wrong, 1)}; missing: {some(missing, 1)}; unexpected: "
@@ -1346,28 +1287,26 @@ def read_weights(source):
 
 def read_folder(folder):
     """A hub's folder -> {name: tensor}; its weights may lie in several files."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return read_checkpoint(folder / name)
-    if not (folder / "model.safetensors.index.json").exists():
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
         raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin; give a "
                         "checkpoint file or a hub directory")
     state = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        state |= read_safetensors(file)
+    for file in files:
+        state |= largest_table(read_checkpoint(file))
     return state
 
 
 def largest_table(content):
     """The largest table of named tensors in nested tables; of two, a moving average's."""
-    best, best_rank = {}, (0, False)
+    ranked = [((0, False), {})]
     for name, table in walk(content):
         if isinstance(table, dict):
             tensors = {key: value for key, value in table.items()
                        if isinstance(key, str) and isinstance(value, torch.Tensor)}
-            rank = len(tensors), re.search("ema|teacher", str(name)) is not None
-            best, best_rank = max((best, best_rank), (tensors, rank), key=lambda pair: pair[1])
-    return best
+            averaged = re.search("ema|teacher", str(name)) is not None
+            ranked.append(((len(tensors), averaged), tensors))
+    return max(ranked, key=lambda entry: entry[0])[1]
 
 
 def recognise(model, state):
@@ -1390,18 +1329,15 @@ def recognise(model, state):
 def match(model, state, form):
     """-> {our name: their names} of what fits, the same of another shape, what the file lacks. A
     Linear, a Conv1d and a 1x1 convolution hold the same matrix: axes of size 1 do not count."""
-    def sizes(tensor):
-        return [n for n in tensor.shape if n != 1]
-
     found, misfits, missing = {}, {}, []
     names_of = form.names(model)
     for key, target in model.state_dict().items():
         names = names_of.get(key, [])
         if names and all(name in state for name in names):
             part = target.chunk(len(names))[0] if len(names) > 1 else target
-            fits = all(sizes(state[name]) == sizes(part) for name in names)
+            fits = all(state[name].squeeze().shape == part.squeeze().shape for name in names)
             (found if fits else misfits)[key] = names
-        elif not counter(key):
+        elif not key.endswith(COUNTERS):
             missing.append(key)
     return found, misfits, missing
 
@@ -1420,19 +1356,14 @@ def settle_head(model, state, found, misfits, missing):
     for key in head:
         found.pop(key, None)
         misfits.pop(key, None)
-    return [key for key in head if not counter(key)]
+    return [key for key in head if not key.endswith(COUNTERS)]
 
 
 def unused(state, used):
     """The file's names that mean anything and are not in {our name: their names}."""
     used = set(itertools.chain(*used.values()))
     return [name for name in state if not (name in used or DEAD.match(name)
-                                           or TASK_NORMS.match(name) or counter(name))]
-
-
-def counter(name):
-    """A BatchNorm's or an average's count: older files lack it, and nothing here reads it."""
-    return name.endswith(("num_batches_tracked", "n_averaged"))
+                                           or TASK_NORMS.match(name) or name.endswith(COUNTERS))]
 
 
 def export_pretrained(model, path, format=None):
@@ -1462,8 +1393,10 @@ def export_pretrained(model, path, format=None):
 
 
 def write_hub_directory(folder, model, state):
-    """config.json, preprocessor_config.json and model.safetensors as transformers' SegFormer, with
+    """config.json, preprocessor_config.json and pytorch_model.bin as transformers' SegFormer, with
     what the model knows of its data, see `know`."""
+    if (folder / "model.safetensors").exists():
+        raise UserError(f"{folder}: has other weights, in model.safetensors; give a new folder")
     size = SIZES[model.spec.size]
     classes = getattr(model, "classes", [f"LABEL_{i}" for i in range(model.num_classes)])
     kind = "SemanticSegmentation" if model.task == "seg" else "ImageClassification"
@@ -1478,7 +1411,7 @@ def write_hub_directory(folder, model, state):
     processor = {"image_processor_type": "SegformerImageProcessor",
                  "size": {"height": side, "width": side},
                  "do_reduce_labels": getattr(model, "first_id", 0) == 1}
-    write_safetensors(folder / "model.safetensors", state)
+    save_checkpoint(folder / "pytorch_model.bin", state)
     for name, content in (("config", config), ("preprocessor_config", processor)):
         write_file(folder / f"{name}.json", [json.dumps(content, indent=2).encode()])
 
