@@ -222,13 +222,14 @@ class Stage(nn.Module):
 def second_pass(block):
     """A pass that has been seen before: BatchNorms leave their running statistics as they are."""
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, batches) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 class Encoder(nn.Module):

@@ -695,11 +695,11 @@ def test_slots_that_cannot_go_together(name, slot, word):
     assert models.make_spec(name, attn="lsra", embed="overlap", head="ham").words("attn") == ("lsra",) * 4
 
 
-@pytest.mark.parametrize("init", models.INIT)
+@pytest.mark.parametrize("init", {size.init: 0 for size in models.SIZES.values()})
 def test_every_block_can_be_drawn_by_every_initialisation(init):
     for make in ATTENTION.values():
         block = make(64, 2, 2)
-        models.init_encoder(block, *models.INIT[init])
+        models.init_encoder(block, *init)
         assert all(p.isfinite().all() for p in block.parameters())
 
 
@@ -1074,7 +1074,7 @@ def test_fields_of_wrong_types_are_one_line(change, reason):
     refused(lambda: models.restore(checkpoint | change), reason)
 
 
-def test_safetensors_are_written_and_read_and_hostile_ones_refused(tmp_path):
+def test_safetensors_are_read_and_hostile_ones_refused(tmp_path):
     """Cut, with something behind, and claims of gigabytes: nothing of them may be read into memory."""
     path, state = tmp_path / "x.safetensors", {"a": torch.arange(4.), "b": torch.arange(4.) + 4}
     whole, length = safetensors_bytes(state), partial(struct.pack, "<Q")
@@ -1089,7 +1089,7 @@ def test_safetensors_are_written_and_read_and_hostile_ones_refused(tmp_path):
             (second(shape=[True, 4]), "out of range"),
             (second(dtype="F128"), "F128"), (whole[:-1], "fit"), (whole + b"x", "behind"), (whole[:5], "claims"),
             (b"", "claims"), (length(2 ** 31) + whole[8:], "claims a header"), (length(20) + b"{" * 60, "Expecting"),
-            (length(16) + b'{"a": 1, "a": 1}', "twice"), (length(10 ** 6) + b'{"a":' * 200_000, "recursion"),
+            (whole.replace(b'"b"', b'"a"'), "hole"), (length(10 ** 6) + b'{"a":' * 200_000, "recursion"),
             (safetensors_bytes(state, lambda entries: entries | huge), "out of range"),
             (safetensors_bytes(state, lambda entries: {"a": {"dtype": "F32"}}), "data_offsets"),
             (safetensors_bytes(state, lambda entries: [1, 2]), "damaged"),
@@ -1102,9 +1102,9 @@ def test_safetensors_are_written_and_read_and_hostile_ones_refused(tmp_path):
     refused(lambda: models.read_safetensors(path), "claims a header")
     state = {"count": torch.tensor(3), "half": torch.randn(3).bfloat16(), "flag": torch.tensor([True]),
              "none": torch.zeros(0, 2), "w": torch.randn(2, 3)}
-    models.write_safetensors(path, state)
-    for read in (models.read_safetensors, lambda path: pytest.importorskip("safetensors.torch").load_file(path)):
-        assert same_bits(read(path), state) and all(v.dtype == state[k].dtype for k, v in read(path).items())
+    pytest.importorskip("safetensors.torch").save_file(state, path)
+    read = models.read_safetensors(path)
+    assert same_bits(read, state) and all(v.dtype == state[k].dtype for k, v in read.items())
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
@@ -1118,9 +1118,7 @@ def test_hugging_face_directories(tmp_path, file):
         (tmp_path / file).write_bytes(safetensors_bytes(state))
     else:                                                                               # in two files
         for i in (0, 1):
-            models.write_safetensors(tmp_path / f"part{i}.safetensors", dict([*state.items()][i::2]))
-        parts = {name: f"part{i % 2}.safetensors" for i, name in enumerate(state)}
-        (tmp_path / file).write_text(json.dumps({"weight_map": parts}))
+            (tmp_path / f"part{i}.safetensors").write_bytes(safetensors_bytes(dict([*state.items()][i::2])))
     report = models.load_pretrained(model, tmp_path)
     assert report.format == "Hugging Face SegFormer"
     assert len(report.loaded) == len(model.state_dict()) and not report.fresh
@@ -1162,7 +1160,7 @@ def test_own_checkpoints_serve_another_task_and_another_head(old, new):
     both = {key: file[key] for key in fresh if key in file and not key.startswith("head.")}
     report = models.load_pretrained(model, file)
     assert report.loaded == [*both] and not report.missing
-    assert set(report.fresh) == {key for key in fresh if key not in both and not models.counter(key)}
+    assert set(report.fresh) == {key for key in fresh if key not in both and not key.endswith(models.COUNTERS)}
     assert same_bits(model.state_dict(), fresh | both)
     if old[1] == new[1]:
         assert all(key.startswith("head.") for key in [*report.fresh, *report.unexpected])
