@@ -172,11 +172,8 @@ def peak_memory(device):
 
 
 def keep_memory(keep=True):
-    """Tell the C library (glibc) to keep freed memory for later, or to behave as usual again.
-
-    A step on the CPU asks for the same large pieces again and again. By default each goes back to
-    the system and comes as new pages, whose faults cost up to a fifth of the step's time.
-    """
+    """Tell glibc to keep freed memory for later, or to behave as usual again: the page faults of
+    the large pieces that a step asks for again and again cost up to a fifth of its time."""
     with suppress(OSError, AttributeError):    # another C library: everything stays as it is
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0 if keep else 65536)        # M_MMAP_MAX of malloc.h
@@ -203,9 +200,8 @@ def handle(first, second=None):
     return signal.signal(signal.SIGTERM, first), signal.signal(signal.SIGINT, second or first)
 
 
-class Stopped(BaseException):
-    """A signal asked this process (0: another one of its group, by SIGTERM) to end; not an
-    Exception, as nothing may take it for an error."""
+class Stopped(BaseException):    # not an Exception: nothing may take it for an error
+    """A signal asked this process (0: another one of its group, by SIGTERM) to end."""
 
     def __init__(self, signum, advice="a training run goes on with the same command"):
         signum = signum or signal.SIGTERM
@@ -463,10 +459,6 @@ class EpochDataset(Dataset):
 
 # ---- Reading files -------------------------------------------------------------------------------
 
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
-          Image.DecompressionBombError)
-
-
 def shown(path):
     """A path for a message: always one line, and printable on any terminal."""
     return ascii(str(path))[1:-1]
@@ -490,7 +482,8 @@ def opened(path, any_depth=False):
                 raise UserError(f"{shown(path)}: 16-bit or float image (mode {image.mode}); "
                                 "convert it to 8 bits")
             yield image
-    except BROKEN as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
+            Image.DecompressionBombError) as error:
         reason = shown(getattr(error, "strerror", None) or error)
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "is not an image"
@@ -507,12 +500,9 @@ def writing(flag, path):
 
 
 def try_writing(flag, path):
-    """Find out before the work whether its result can be written; leaves no new file."""
-    new = not os.path.exists(path)
+    """Find out before the work whether its result can be written; makes an empty file."""
     with writing(flag, path):
         open(path, "a").close()
-        if new:
-            os.remove(path)
 
 
 def write_json(flag, path, value):
@@ -532,16 +522,6 @@ def read_text(path, parse):
         return parse(path.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{shown(path)}: cannot be read ({shown(error)[:200]})") from None
-
-
-def read_json(path):
-    """A small JSON file; a key that stands there twice is an error."""
-    def table(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands there twice")
-        return dict(pairs)
-
-    return read_text(path, partial(json.loads, object_pairs_hook=table))
 
 
 def read_mask(path):
@@ -573,8 +553,7 @@ def contents(folder):
     """What a folder holds, for a message; of one that does not exist, what its parent does."""
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
-    paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    paths.sort(key=lambda path: (path.is_file(), path.name))    # sub-folders first
+    paths = sorted(folder.iterdir(), key=lambda path: (path.is_file(), path.name))
     names = [shown(path.name) + ("/" if path.is_dir() else "") for path in paths[:8]]
     if len(paths) > 8:
         names.append(f"... ({len(paths)} in all)")
@@ -585,14 +564,14 @@ def scan(folder, suffixes, end=""):
     """Files of some suffixes, by what their names are before `end`, below a folder.
 
     -> {stem: path}, sorted, where a stem has its sub-folders before it and a letter with an accent
-    is one character (a Mac writes two); messages on files of one stem. Hidden files are skipped.
+    is one character (a Mac writes two). Hidden files are skipped; two of one stem are an error.
     """
     def fail(error):
         raise error
 
     if not os.path.isdir(folder):
         raise UserError(f"{shown(folder)}: no such folder; {contents(folder)}")
-    found, problems = {}, []
+    found = {}
     names = [os.path.relpath(os.path.join(place, name), folder)
              for place, _, files in os.walk(folder, onerror=fail) for name in files]
     for name in sorted(names):
@@ -601,13 +580,13 @@ def scan(folder, suffixes, end=""):
             continue
         stem, path = unicodedata.normalize("NFC", stem.removesuffix(end)), Path(folder, name)
         if stem in found:
-            problems.append(f"{shown(path)}: has the same stem as {shown(found[stem].name)}; "
+            raise UserError(f"{shown(path)}: has the same stem as {shown(found[stem].name)}; "
                             "remove one of them")
-        found.setdefault(stem, path)
+        found[stem] = path
     if not found:
         raise UserError(f"{shown(folder)}: no images *{end} of the types "
                         f"{' '.join(sorted(suffixes))}; {contents(Path(folder))}")
-    return found, problems
+    return found
 
 
 def fingerprint(root, paths, *texts):
@@ -778,9 +757,9 @@ class FolderSegmentation(EpochDataset):
     split: "train" or "val". By default id 0 of a mask is "unlabelled" and id k is class k-1;
     zero_is_class=True keeps the ids; 255 is ignored either way. A label_map.json {id: class} beside
     the folders replaces this rule: all ids that it does not name are ignored. The classes are
-    `read_classes`'s, else there are as many as the masks' largest id says.
-    Item without crop: (image uint8 (3, H, W), label uint8 (H, W), path of the image); with crop:
-    `training_view`, scale_base is its `base`. classes: names that another split has found already.
+    `read_classes`'s, else there are as many as the masks' largest id says; `classes` gives those
+    that another split has found. Item without crop: (image uint8 (3, H, W), label uint8 (H, W),
+    path of the image); with crop: `training_view`, whose `base` is scale_base.
     A bad file is a UserError; strict=False collects files without a partner in .problems instead.
     """
 
@@ -864,9 +843,9 @@ class FolderSegmentation(EpochDataset):
         return labels.astype(np.uint8)
 
     def fingerprint(self):
-        """Of both splits, wherever they lie, and of classes and ids. Some masks are read: an edited
-        one may have its old size."""
+        """Of both splits, wherever they lie, and of classes and ids."""
         pairs = sorted(self.all_paths)
+        # Some masks are read: an edited one may have its old size.
         sums = [zlib.crc32(mask.read_bytes()) for _, mask in some(pairs, 100)]
         rule = self.classes, self.first_id, self.ids
         return fingerprint(self.root, itertools.chain(*pairs), sums, rule)
@@ -943,13 +922,11 @@ def find_layout(root):
 
 
 def pair(root, layout, split):
-    """-> [(image, mask)] by stem, sorted; messages on files without a partner or of one stem."""
+    """-> [(image, mask)] by stem, sorted; messages on files without a partner."""
     found, problems, split = [], [], layout.splits[split == "val"]
     for pattern, suffixes in ((layout.images, IMAGE_FILES), (layout.masks, MASK_FILES)):
         path = root / pattern.format(split)
-        files, same = scan(path.parent, suffixes, path.name[1:])
-        found.append(files)
-        problems += same
+        found.append(scan(path.parent, suffixes, path.name[1:]))
     images, masks = found
     # What the masks' stems have after their images', as in IMG_1_mask.png beside IMG_1.jpg.
     first = next(iter(masks))
@@ -976,7 +953,7 @@ def read_classes(root, zero_is_class):
         lines = read_text(info, str.splitlines)[1:151]    # Idx  Ratio  Train  Val  [Stuff]  Name
         names = [line.split("\t")[-1].strip() for line in lines if line.strip()]
         return ["other"] * zero_is_class + names
-    table, names = read_json(path), {}
+    table, names = read_text(path, json.loads), {}
     if isinstance(table, dict):
         table = table.get("id2label", table)
     if isinstance(table, list):
@@ -986,14 +963,13 @@ def read_classes(root, zero_is_class):
             if type(value) is int:
                 key, value = value, key
             names[int(key)] = value
-    if not names or sorted(names) != list(range(len(table))) or len(names) >= IGNORED:
+    are_ids = 0 < len(names) < IGNORED and sorted(names) == list(range(len(table)))
+    are_names = [isinstance(name, str) and len(name) <= 200 and len(name.strip().splitlines()) == 1
+                 for name in names.values()]
+    if not are_ids or not all(are_names):
         raise UserError(f'{shown(path)}: must be {{"0": "name", "1": "name", ...}}, with each id '
-                        "from 0 on once, without a gap, for at most 254 classes")
-    for k, name in names.items():
-        one_line = isinstance(name, str) and len(name.strip().splitlines()) == 1
-        if not one_line or len(name) > 200:
-            raise UserError(f"{shown(path)}: the name of class {k} is {shown(repr(name)[:60])}; a "
-                            "name is one line of text, not empty, of 200 characters at most")
+                        "from 0 on once, without a gap, for at most 254 classes; a name is one "
+                        "line of text, not empty, of at most 200 characters")
     return [names[k].strip() for k in range(len(names))]
 
 
@@ -1001,7 +977,7 @@ def read_label_map(path):
     """label_map.json: {"7": 0, "8": 1, ...}, id in the masks -> class. -> {int: int}"""
     ids = {}
     with suppress(ValueError, TypeError, AttributeError):
-        ids = {int(key): value for key, value in read_json(path).items()}
+        ids = {int(key): value for key, value in read_text(path, json.loads).items()}
     if not ids or not all(type(k) is int and 0 <= k < IGNORED and 0 <= i < 2 ** 16
                           for i, k in ids.items()):
         raise UserError(f'{shown(path)}: must be {{"7": 0, "8": 1, ...}}: id in the masks (up to '
@@ -1020,7 +996,7 @@ def class_weights(dataset, source):
         counts = dataset.count_pixels()[:dataset.num_classes]
         weights = np.maximum(counts, counts[counts > 0].min()) ** -0.5
         return torch.tensor(weights * counts.sum() / (weights * counts).sum()).float()
-    table, weights = read_json(Path(source)), []
+    table, weights = read_text(Path(source), json.loads), []
     if isinstance(table, dict) and table.keys() <= set(dataset.classes):
         weights = [table.get(name, 1) for name in dataset.classes]
     if not any(weights) or not all(type(w) in (int, float) and 0 <= w < 1e6 for w in weights):
@@ -1219,13 +1195,8 @@ class TinyImageNet(EpochDataset):
 def class_folders(folder):
     """{class: [paths]} of FOLDER/CLASS/*.jpg, or in sub-folders of CLASS, sorted by class."""
     places = sorted(folder.iterdir()) if folder.is_dir() else []
-    files = {}
-    for place in places:
-        if place.is_dir() and not place.name.startswith("."):
-            found, problems = scan(place, IMAGE_FILES)
-            if problems:
-                raise UserError(problems[0])
-            files[place.name] = list(found.values())
+    files = {place.name: list(scan(place, IMAGE_FILES).values()) for place in places
+             if place.is_dir() and not place.name.startswith(".")}
     if not files or set(files) == {"images", "masks"}:    # those are of segmentation
         raise UserError(f"{shown(folder)}: no class folders here; {contents(folder)}")
     return files
@@ -1322,45 +1293,37 @@ def fitted(picture, side=320):
 
 
 def contact_sheet(rows, path, titles=(), classes=(), colors=(), side=320):
-    """Write rows of pictures, each `fitted`, as a PNG on white, with a legend at the bottom.
+    """Write rows of pictures, each `fitted`, as a PNG on white.
 
-    titles: for each row, or for the first one only, texts above its pictures.
-    classes, colors: the legend's; where the pictures are labels, those that occur in them.
+    titles: above the columns. classes, colors: of the legend at the bottom; where the pictures are
+    labels, it has those that occur in them.
     """
     rows = [[fitted(picture, side) for picture in row] for row in rows]
-    pictures, font = sum(rows, []), ImageFont.load_default(14)
-    column = max(picture.shape[1] for picture in pictures) + GAP
-    width = max(200, GAP + column * max(len(row) for row in rows))
-    strips = []
-    for row, texts in itertools.zip_longest(rows, titles, fillvalue=()):
-        top = LINE if texts else GAP
-        strip = Image.new("RGB", (width, top + max(len(picture) for picture in row)), "white")
-        for k, (picture, text) in enumerate(itertools.zip_longest(row, texts, fillvalue="")):
-            text = drawable(text, font, column - GAP)
-            ImageDraw.Draw(strip).text((GAP + k * column, 2), text, "black", font)
-            if picture.ndim == 2:
-                picture = colorize(picture, colors)
-            strip.paste(Image.fromarray(picture), (GAP + k * column, top))
-        strips.append(strip)
+    pictures, font, legend = sum(rows, []), ImageFont.load_default(14), []
     if len(colors):
         labels = [picture.ravel() for picture in pictures if picture.ndim == 2]
         seen = np.unique(np.concatenate(labels)) if labels else range(len(classes))
-        entries = [(classes[k], tuple(map(int, colors[k]))) for k in seen if k < len(classes)]
-        strips.append(_legend([*entries, ("ignored", (0, 0, 0))], width, font))
-    Image.fromarray(np.concatenate(strips)).save(path, "PNG")
-
-
-def _legend(entries, width, font):
-    """Names beside their colours, [(name, color)] -> Pillow image of a width."""
-    columns = width // 190
-    step = width // columns
-    sheet = Image.new("RGB", (width, LINE * math.ceil(len(entries) / columns) + 2 * GAP), "white")
+        legend = [(classes[k], tuple(map(int, colors[k]))) for k in seen if k < len(classes)]
+        legend.append(("ignored", (0, 0, 0)))
+    step = max(picture.shape[1] for picture in pictures) + GAP
+    width = max(200, GAP + step * max(len(row) for row in rows))
+    bottoms = np.cumsum([LINE, *(max(len(picture) for picture in row) + GAP for row in rows)])
+    columns = width // 190    # of the legend
+    height = int(bottoms[-1]) + LINE * math.ceil(len(legend) / columns)
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    for k, (name, color) in enumerate(entries):
-        x, y = GAP + k % columns * step, GAP + k // columns * LINE
-        draw.rectangle((x, y + 3, x + 22, y + 18), color, "black")
-        draw.text((x + 28, y + 2), drawable(name, font, step - 40), "black", font)
-    return sheet
+    for k, title in enumerate(titles):
+        draw.text((GAP + k * step, 2), title, "black", font)
+    for row, top in zip(rows, bottoms):
+        for k, picture in enumerate(row):
+            if picture.ndim == 2:
+                picture = colorize(picture, colors)
+            sheet.paste(Image.fromarray(picture), (GAP + k * step, int(top)))
+    for k, (name, color) in enumerate(legend):
+        x, y = GAP + k % columns * (width // columns), bottoms[-1] + k // columns * LINE
+        draw.rectangle((x, y, x + 22, y + 15), color, "black")
+        draw.text((x + 28, y - 1), drawable(name, font, width // columns - 40), "black", font)
+    sheet.save(path, "PNG")
 
 
 def drawable(text, font, width):
@@ -1470,10 +1433,7 @@ def open_splits(root, zero_is_class):
 
 
 def read_all(split, dataset, problems, notes):
-    """Read every item of a split and print what they hold. -> indices of the good items
-
-    Messages on bad files are added to problems, what is odd about the labels to notes.
-    """
+    """Print what the items of a split hold; add to problems and notes. -> indices of good items"""
     def measure(index):
         try:
             image, labels, _ = dataset[index]
@@ -1514,19 +1474,19 @@ def main(argv=None):
     add("--zero-is-class", action="store_true", help="id 0 of a mask is a class, not 'unlabelled'")
     add("--out", default="sheet.png", help="where the contact sheet goes (default: %(default)s)")
     args = parser.parse_args(argv)
-    problems, notes, rows = [], [], []
+    problems, notes, pictures = [], [], []
     for split, dataset in open_splits(args.path, args.zero_is_class).items():
         for index in some(read_all(split, dataset, problems, notes), 4):
             image, labels, _ = dataset[index]
-            rows.append([fitted(image.permute(1, 2, 0)), fitted(labels)])
+            pictures += [fitted(image.permute(1, 2, 0)), fitted(labels)]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     for note in notes:
         print(f"note: {note}")
-    if rows:
+    if pictures:
+        rows, titles = [pictures[k:k + 4] for k in range(0, len(pictures), 4)], ["image", "labels"]
         with writing("--out", args.out):
-            titles = [["image", "labels"]]
-            contact_sheet(rows, args.out, titles, dataset.classes, dataset.colors)
+            contact_sheet(rows, args.out, 2 * titles, dataset.classes, dataset.colors)
     if problems:
         raise UserError(f"{shown(args.path)}: faults: {len(problems)}, listed above")
     print(f"every file is good; some of them are drawn in {args.out}")

@@ -273,7 +273,7 @@ def save_samples(model, dataset, size, path):
         picture = data.fitted(image.permute(1, 2, 0))
         classes = predict(model, image, picture.shape[:2], short_side=size)
         rows.append([picture, labels, classes.cpu().byte()])
-    titles = [["image", "truth", "prediction"]]
+    titles = ["image", "truth", "prediction"]
     data.contact_sheet(rows, path, titles, dataset.classes, dataset.colors)
 
 
@@ -286,9 +286,7 @@ def picture_files(source, folder):
                         "choose another folder")
     if not source.is_dir():
         return {source.stem: source}
-    found, problems = data.scan(source, data.IMAGE_FILES)
-    if problems:
-        raise UserError(problems[0])
+    found = data.scan(source, data.IMAGE_FILES)
     files = {name: path for name, path in found.items()         # but not what an earlier call drew
              if folder.resolve() not in path.resolve().parents}
     if not files:

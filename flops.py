@@ -12,6 +12,7 @@ FLOPs = 2 MACs. Taps on zero padding count; biases, norms, activations, soft-max
 import argparse
 import copy
 import fnmatch
+import json
 import math
 import re
 import time
@@ -246,7 +247,7 @@ def specs(text):
 
 def read_accuracy(path):
     """A JSON file {model: mIoU, or a list of them} -> {the model's name in the tables: list}."""
-    table = data.read_json(Path(path))
+    table = data.read_text(Path(path), json.loads)
     try:
         return {str(specs(name)[0]): [float(value) for value in np.atleast_1d(figures)]
                 for name, figures in table.items()}
