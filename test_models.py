@@ -3,8 +3,7 @@ on hash-made weights (assets/golden.json), naive formulas in float64, FlopCounte
 (skipped where they are not installed). The sections follow the product's files; search for their titles:
 
     Helpers: weights and images that are pure functions of names, scripts that are run, mistakes in one line
-    layers.py: every word beside the reference implementations' numbers and beside its formula, naively in float64
-    layers.py: the loss
+    layers.py: every word beside the reference implementations' numbers and its formula in float64; the loss
     models.py: counts, slots, initialisation; whole networks beside the numbers of the reference implementations
     models.py: what every row and every word promises, on small models; a new dict line is tested at once
     models.py: files, safe and whole; public weights, their names and export
@@ -127,6 +126,7 @@ def reference_state(module, names, factors={}):
 
 
 FORMATS = {form.name: form for form in models.FORMATS}
+MIT_SEG = "SegFormer / PVTv2 / Lawin segmentor"
 
 
 def as_file(model, form):
@@ -215,7 +215,7 @@ def raising(error):
     return raises
 
 
-# ---- layers.py: every word beside the reference implementations' numbers and beside its formula, naively in float64 -
+# ---- layers.py: every word beside the reference implementations' numbers and its formula in float64; the loss -------
 
 def block(attn, ffn, skip, dim, heads, reduction, eps, index=0, ratio=4, norm="ln"):
     norm = partial(layers.NORM[norm], eps=eps)
@@ -589,8 +589,6 @@ def test_nmf_bases_keep_their_values():
         assert torch.equal(module.bases, bases) and (bases.norm(dim=1) - 1).abs().max() < 1e-6
 
 
-# ---- layers.py: the loss --------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("batch, classes, low, high",
                          [(2, 150, (16, 16), (64, 64)), (1, 5, (9, 13), (33, 57)), (2, 7, (1, 3), (5, 8)),
                           (1, 4, (8, 8), (4, 5)), (3, 3, (25, 33), (97, 130))])
@@ -675,7 +673,7 @@ def test_parameter_counts(name):
     assert encoder == GOLDEN["encoders"].get(name, encoder)
 
 
-def test_words_and_slots_that_do_not_exist():
+def test_words_and_slots_that_do_not_exist_or_cannot_go_together():
     for slot, words in models.SLOTS.items():
         stages = "nonsense" if slot == "head" else ",".join([*list(words)[:1] * 3, "nonsense"])
         for asked in ("nonsense", stages):
@@ -684,15 +682,13 @@ def test_words_and_slots_that_do_not_exist():
     refused(lambda: models.build("segformer_b0", attn="sra,sra"), "--attn", "four")
     refused(lambda: models.build("segformer_b0", colour="red"), "colour", "embed")
     refused(lambda: models.build("segformer_b9"), "segformer_b0, segformer_b1")
-
-
-@pytest.mark.parametrize("name", [name for name, spec in models.MODELS.items() if models.SIZES[spec.size].groups])
-@pytest.mark.parametrize("slot, word", [("ffn", "mix"), ("norm", "ln"), ("skip", "pre,pre,recursive,pre")])
-def test_slots_that_cannot_go_together(name, slot, word):
-    refused(lambda: models.make_spec(name, **{slot: word}), f"--{slot} {word}", f"--model {name}", "Next-ViT")
-    row = models.MODELS[name]
-    assert models.make_spec(name, **{s: getattr(row, s) for s in models.SLOTS}) == row  # its own words may be said
-    assert models.make_spec(name, attn="lsra", embed="overlap", head="ham").words("attn") == ("lsra",) * 4
+    for name, row in models.MODELS.items():
+        assert models.make_spec(name, **{s: getattr(row, s) for s in models.SLOTS}) == row  # its own words may be said
+        if models.SIZES[row.size].groups:
+            for slot, word in (("ffn", "mix"), ("norm", "ln"), ("skip", "pre,pre,recursive,pre")):
+                words = f"--{slot} {word}", f"--model {name}", "Next-ViT"
+                refused(lambda: models.make_spec(name, **{slot: word}), *words)
+            assert models.make_spec(name, attn="lsra", embed="overlap", head="ham").words("attn") == ("lsra",) * 4
 
 
 @pytest.mark.parametrize("init", {size.init: 0 for size in models.SIZES.values()})
@@ -1166,20 +1162,17 @@ def test_own_checkpoints_serve_another_task_and_another_head(old, new):
         assert all(key.startswith("head.") for key in [*report.fresh, *report.unexpected])
 
 
-MIT_SEG = "SegFormer / PVTv2 / Lawin segmentor"
-ENVELOPES = ["state_dict", "model", "model_state_dict", "net", "weights", "params", "params_ema", "ema", "teacher",
-             "generator.of.anything"]
-PREFIXES = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.", "encoder.",
-            "backbone.", "my.own.wrapper."]
-
-
 @pytest.mark.parametrize("form", ["own checkpoint", "Hugging Face SegFormer", MIT_SEG])
 def test_weights_are_found_in_every_envelope_under_every_prefix(form):
+    envelopes = ["state_dict", "model", "model_state_dict", "net", "weights", "params", "params_ema", "ema", "teacher",
+                 "generator.of.anything"]
+    prefixes = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.", "encoder.",
+                "backbone.", "my.own.wrapper."]
     donor, model = small("segformer_b0"), copy.deepcopy(small("segformer_b0"))
     plain = as_file(donor, form)
-    for prefix in PREFIXES:
+    for prefix in prefixes:
         state = {prefix + name: value for name, value in plain.items()}
-        for envelope in ENVELOPES:
+        for envelope in envelopes:
             other = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "log": [1]}
             assert models.read_weights(other | {envelope: state})[1].keys() == state.keys()
         for p in model.parameters():
@@ -1293,8 +1286,7 @@ def test_transformers_loads_what_we_export(task, monkeypatch, tmp_path):
     ours = randomised(models.build("segformer_b0", task, 5)).eval()
     ours.classes = ["sky", "road", "tree", "car", "dog"]
     models.export_pretrained(ours, tmp_path / "hub")
-    kinds = {"seg": "SegformerForSemanticSegmentation", "cls": "SegformerForImageClassification"}
-    kind = getattr(transformers, kinds[task])
+    kind = getattr(transformers, "SegformerFor" + {"seg": "SemanticSegmentation", "cls": "ImageClassification"}[task])
     theirs, info = kind.from_pretrained(tmp_path / "hub", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert theirs.config.id2label[3] == "car" and theirs.config.architectures == [kind.__name__]
@@ -1311,8 +1303,8 @@ def test_transformers_loads_what_we_export(task, monkeypatch, tmp_path):
                 assert close(ours.to(dtype)(x), theirs.eval().to(dtype)(pixel_values=x).logits, limit)
 
 
-# (row, task, format that is asked for; that is written, if another)
-EXPORTS = [
+@pytest.mark.parametrize("name, task, asked, written", [(*row, row[-1])[:4] for row in [
+    # (row, task, format that is asked for; that is written, if another)
     ("segformer_b0", "seg", MIT_SEG), ("segformer_b0", "cls", "SegFormer / PVTv2 encoder"),
     ("pvt_v2_b2_li", "cls", None, "SegFormer / PVTv2 encoder"), ("pvt_v2_b2_li", "seg", None, MIT_SEG),
     ("segnext_t", "cls", None, "MSCAN encoder"), ("segnext_t", "cls", "mmsegmentation MSCAN encoder"),
@@ -1324,10 +1316,7 @@ EXPORTS = [
     ("dest_b0", "seg", None, "DEST segmentor"), ("lawin_b1", "seg", None, MIT_SEG), ("lawin_b2", "seg", None, MIT_SEG),
     ("lite_final", "cls", None, "original project"), ("lite_final", "seg", None, "original project"),
     ("lite_lsrea_ham", "seg", None, "original project"), ("swin_t", "seg", "own checkpoint"),
-]
-
-
-@pytest.mark.parametrize("name, task, asked, written", [(*row, row[-1])[:4] for row in EXPORTS])
+]])
 def test_families_round_trip(name, task, asked, written, monkeypatch, tmp_path):
     with_depths(monkeypatch, name, {"nextvit_s": (1, 2, 5, 2), "swin_t": (2, 1, 1, 1)}.get(name, (1, 1, 1, 1)))
     donor = randomised(models.build(name, task, 5))
@@ -1698,23 +1687,21 @@ def test_odd_label_sets_are_noted(tmp_path, ids, zero_is_class, names, note):
     assert all(words in "\n".join(found) for words in note.split("|")), found
 
 
-NAMES = [{"1": "b", "0": "a"}, ["a", "b"], {"b": 1, "a": 0},
-         {"id2label": {"0": "a", "1": "b"}, "model_type": "segformer", "label2id": {"a": 0, "b": 1}}]    # of the hub
-NO_NAMES = ["", "{", "7", "[]", "{}", "null", '{"0": 5.0}', '["a", 1]', '["a", ""]', '["a", " "]', '["a", "b\\nc"]',
-            '["a", "b\\u2028c"]', '{"0": "a", "00": "b"}', '{"a": 0, "b": 0}', '{"1": "a"}',
-            '{"0": ["a"]}', '{"x": "a"}', '{"4000000000": "a"}', json.dumps(["a" * 20000]), "[" * 100000,
-            '{"id2label": 7}', '{"a": 4000000000}', '{"0": null}']
-NO_MAPS = ["", "[]", "{}", '{"a": 0}', '{"1": "a"}', '{"1": -1}', '{"-1": 0}', '{"1": 300}', '{"70000": 0}',
-           "[" * 100000]
-
-
 def test_names_files_and_label_maps_and_what_is_none(tmp_path):
+    good = [{"1": "b", "0": "a"}, ["a", "b"], {"b": 1, "a": 0},
+            {"id2label": {"0": "a", "1": "b"}, "model_type": "segformer", "label2id": {"a": 0, "b": 1}}]
+    no_names = ["", "{", "7", "[]", "{}", "null", '{"0": 5.0}', '["a", 1]', '["a", ""]', '["a", " "]', '["a", "b\\nc"]',
+                '["a", "b\\u2028c"]', '{"0": "a", "00": "b"}', '{"a": 0, "b": 0}', '{"1": "a"}',
+                '{"0": ["a"]}', '{"x": "a"}', '{"4000000000": "a"}', json.dumps(["a" * 20000]), "[" * 100000,
+                '{"id2label": 7}', '{"a": 4000000000}', '{"0": null}']
+    no_maps = ["", "[]", "{}", '{"a": 0}', '{"1": "a"}', '{"1": -1}', '{"-1": 0}', '{"1": 300}', '{"70000": 0}',
+               "[" * 100000]
     dataset = set_of(tmp_path, [1, 2])
-    for text in map(json.dumps, NAMES):
+    for text in map(json.dumps, good):
         for mark in ("", "\ufeff"):                                 # of the byte order
             (tmp_path / "id2label.json").write_text(mark + text, "utf-8")
             assert dataset().classes == ["a", "b"], text
-    for path, texts in ((tmp_path / "id2label.json", NO_NAMES), (tmp_path / "label_map.json", NO_MAPS)):
+    for path, texts in ((tmp_path / "id2label.json", no_names), (tmp_path / "label_map.json", no_maps)):
         for content in (*map(str.encode, texts), "é".encode("latin-1")):
             path.write_bytes(content)
             refused(dataset, path.name)
@@ -2498,16 +2485,6 @@ def test_eval_draws_images(street, tmp_path, capsys):
     assert (enlarged.numpy() + 1 == ids).mean() > 0.9                   # not 1: these are no logits
 
 
-def test_eval_measures_the_classifier_of_the_shapes(tmp_path, capsys):
-    model = models.build("segformer_b0", "cls", 7)
-    models.save_checkpoint(tmp_path / "c.pt", {"spec": models.describe(model), "model": model.state_dict(),
-                                               "args": {"image_size": 64, "data_path": None}})
-    call = ["--checkpoint", str(tmp_path / "c.pt"), "--workers", "0", "--batch-size", "50"]
-    eval.main(call)
-    assert "on shapes val, 100 images: top1" in capsys.readouterr().out
-    refused(lambda: eval.main([*call, "--flip"]), "--flip", "classifier")
-
-
 def test_eval_mistakes_are_one_line(street, tmp_path):
     Image.new("RGB", (50, 40)).save(tmp_path / "b.jpg")
     (tmp_path / "a.jpg").write_text("broken")
@@ -2560,22 +2537,6 @@ def test_exact_counts_of_segformer_b2():
         assert flops.count(on_meta(f"segformer_b{index}", head="mlp_concat")).macs == macs
 
 
-def ham_saving(size, n):
-    """HamHead's docstring: the squeeze on the deep maps, and the NMF's first X D; n: pixels of the four maps."""
-    squeeze = size.dims[2] * (n[1] - n[2]) + size.dims[3] * (n[1] - n[3])
-    width = size.decoder or layers.HEAD["ham"].width
-    return width * squeeze + n[1] * width * size.rank
-
-
-def lawin_saving(size, n, concat):
-    """The docstrings of LawinSumHead, LawinHead and LargeWindowAttention."""
-    width, side = size.decoder, round(n[1] ** 0.5)
-    saving = width ** 2 * (n[0] - n[1])
-    if concat:
-        return saving + 3 * width ** 2 * n[1] - width ** 2 * sum(size.dims[1:]) + width ** 2 * (n[1] - 1)
-    return saving + sum(2 * width ** 2 * (n[1] - (side // r + 8 - 8 // r) ** 2) for r in (2, 4, 8))
-
-
 def dest_with_its_own_decoder(name, size, n):
     literal = sum(row["macs"] for row in flops.count(on_meta(name)).rows if row["stage"])
     for c, depth, heads, m in zip(size.dims, size.depths, size.heads, n):
@@ -2587,19 +2548,23 @@ def dest_with_its_own_decoder(name, size, n):
 
 
 def literal_macs(name):
-    """What the graph as the papers draw it costs at 512 x 512 with 150 classes."""
+    """What the graph as the papers draw it costs at 512 x 512, 150 classes: the heads' docstrings say what is saved."""
     spec = models.MODELS[name]
-    size, n = models.SIZES[spec.size], [512 * 512 // 16 // 4 ** i for i in range(4)]
+    size, n = models.SIZES[spec.size], [512 * 512 // 16 // 4 ** i for i in range(4)]                # pixels of the maps
     if name.startswith("dest"):
         return dest_with_its_own_decoder(name, size, n)
-    if spec.head == "mlp":
-        return flops.count(on_meta(name, head="mlp_concat")).macs
-    literal = flops.count(on_meta(name)).macs
-    if "ham" in spec.head:
-        # torchprofile counts SegNeXt's resize to the image as well
-        literal += ham_saving(size, n) + (4 * 150 * 512 * 512 if name.startswith("segnext") else 0)
+    literal = flops.count(on_meta(name, head="mlp_concat") if spec.head == "mlp" else on_meta(name)).macs
+    width, side = size.decoder or layers.HEAD[spec.head].width, round(n[1] ** 0.5)
+    if "ham" in spec.head:                                          # the squeeze on the deep maps, the NMF's first X D
+        literal += width * (size.dims[2] * (n[1] - n[2]) + size.dims[3] * (n[1] - n[3])) + n[1] * width * size.rank
+    if name.startswith("segnext"):
+        literal += 4 * 150 * 512 * 512                              # torchprofile counts the resize to the image, too
     if "lawin" in spec.head:
-        literal += lawin_saving(size, n, spec.head == "lawin")
+        literal += width ** 2 * (n[0] - n[1])
+    if spec.head == "lawin":
+        literal += width ** 2 * (3 * n[1] - sum(size.dims[1:]) + n[1] - 1)
+    if spec.head == "lawin_sum":
+        literal += sum(2 * width ** 2 * (n[1] - (side // r + 8 - 8 // r) ** 2) for r in (2, 4, 8))
     return literal
 
 
@@ -2992,6 +2957,10 @@ def test_the_embedded_data_train_without_a_flag(tmp_path, monkeypatch, capsys):
         assert written == {".lock", "last.pt", "best.pt", "log.jsonl"} | pictures
         row, = map(json.loads, (tmp_path / folder / "log.jsonl").open())
         assert 0 <= row[score] <= 100 and row["seconds"] > 0 and row["images_per_second"] > 0
+    call = f"--checkpoint {folder}/best.pt --workers 0".split()
+    eval.main(call)
+    assert f"on shapes val, 7 images: top1 {row['top1']:.2f} %" in capsys.readouterr().out
+    refused(lambda: eval.main([*call, "--flip"]), "--flip", "classifier")
 
 
 # ---- README.md ------------------------------------------------------------------------------------------------------
