@@ -33,7 +33,6 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,10 +156,8 @@ def seed_of(seed, step, rank):
 
 
 def cores():
-    """Number of processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):      # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    """Number of processor cores that this process may use; on macOS, that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def peak_memory(device):
@@ -224,10 +221,8 @@ class Stop:
     @contextmanager
     def postponed(self):
         self.is_postponed = True
-        try:
-            yield
-        finally:
-            self.is_postponed = False
+        yield
+        self.is_postponed = False
         if self.pending:
             raise Stopped(self.pending)
 
@@ -389,15 +384,13 @@ def _options(workers, device):
         workers = min(8, share) if device.type == "cuda" else 2
     # The loader draws its workers' seeds from `generator`: its own leaves the run's stream alone.
     return {"num_workers": workers, "pin_memory": device.type == "cuda",
-            "generator": torch.Generator().manual_seed(0),
-            "worker_init_fn": partial(_start_worker, STOP.process is not None)}
+            "generator": torch.Generator().manual_seed(0), "worker_init_fn": _start_worker}
 
 
-def _start_worker(deaf, _):
-    """deaf: the training process ends its loaders; a cluster's SIGTERM to all must not do it."""
+def _start_worker(_):
+    """The training process ends its loaders: a cluster's SIGTERM to all must not do it."""
     keep_memory(False)
-    if deaf:
-        handle(signal.SIG_IGN)
+    handle(signal.SIG_IGN)
 
 
 def set_epoch(loader, epoch, start=0):
@@ -923,11 +916,10 @@ def find_layout(root):
 
 def pair(root, layout, split):
     """-> [(image, mask)] by stem, sorted; messages on files without a partner."""
-    found, problems, split = [], [], layout.splits[split == "val"]
-    for pattern, suffixes in ((layout.images, IMAGE_FILES), (layout.masks, MASK_FILES)):
-        path = root / pattern.format(split)
-        found.append(scan(path.parent, suffixes, path.name[1:]))
-    images, masks = found
+    problems, split = [], layout.splits[split == "val"]
+    image, mask = (root / pattern.format(split) for pattern in (layout.images, layout.masks))
+    images = scan(image.parent, IMAGE_FILES, image.name[1:])
+    masks = scan(mask.parent, MASK_FILES, mask.name[1:])
     # What the masks' stems have after their images', as in IMG_1_mask.png beside IMG_1.jpg.
     first = next(iter(masks))
     ends = ["", *(first[len(stem):] for stem in images if first.startswith(stem))]
