@@ -415,10 +415,8 @@ class Lines:
 
 
 def progress(iterable, title, rank=0, total=None, pause=30):
-    """A tqdm bar in the terminal of process 0; in a file a line each `pause` seconds.
-
-    Give set_postfix refresh=False: it would draw the bar each time.
-    """
+    """A tqdm bar in the terminal of process 0; in a file a line each `pause` seconds (if its
+    set_postfix is given refresh=False: else it would draw each time)."""
     options = {}
     if not sys.stderr.isatty():
         options = dict(file=Lines(), mininterval=pause, maxinterval=pause, delay=pause)
@@ -427,7 +425,6 @@ def progress(iterable, title, rank=0, total=None, pause=30):
 
 class EpochDataset(Dataset):
     """Takes keys (epoch, view, index), or a plain index for view 0 of epoch 0."""
-    seed = 0
     first_id = 0     # of class 0 in a stored mask
     ids = None       # or {id in a mask: class}
     problems = []    # messages on files that were left out
@@ -1195,10 +1192,7 @@ def class_folders(folder):
 
 
 def validation_files(folder, classes):
-    """{class: [paths]} of val/, in the official flat layout or with a folder for each class.
-
-    classes: those of train/, which must be the same.
-    """
+    """{class: [paths]} of val/, flat as the official one or in folders; classes: train/'s."""
     annotations, files = folder / "val_annotations.txt", {}
     if annotations.exists() and (folder / "images").is_dir():
         for line in read_text(annotations, str.splitlines):
@@ -1251,10 +1245,8 @@ INKS = "#1f5fbf", "#d0442f", "#2f8f4f", "#8a4fb0", "#b07800", "#555555"    # of 
 
 
 def distinct_colors(count):
-    """(count, 3) uint8: each as far as possible from those before it and from black (ignored).
-
-    Distances are CIELAB's, nearly; neither the darkest nor the lightest colours take part.
-    """
+    """(count, 3) uint8, none of them dark or light: each as far as possible, in nearly CIELAB's
+    distances, from those before it and from black (ignored)."""
     levels = np.linspace(0, 1, 12)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     to_xyz = np.array([[0.434, 0.376, 0.190], [0.213, 0.715, 0.072], [0.018, 0.109, 0.873]])
@@ -1403,7 +1395,7 @@ def draw_curves(path, rows, metric):
 # ---- python data.py: check a data set ------------------------------------------------------------
 
 def some(items, count):
-    """At most count of the items, evenly spread."""
+    """At most `count` of the items, evenly spread."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
