@@ -5,8 +5,7 @@
     model = models.build("segformer_b2", attn="lsra", ffn="dest", head="light_ham")
     model = models.load("best.pt")                          # ready to infer, see eval.predict
 
-A published size is a row of SIZES; a model is such a row plus one word for each slot (layers.py
-has the dicts of words); everything else is an override by keyword or flag, also stage by stage:
+A model is a row of SIZES plus one word for each slot (layers.py has the dicts of words), or four:
 attn="lsra,lsra,sra,sra". The first half of this file is the model: tables, skeleton, build,
 parameter groups, fuse. The second is its files: checkpoints, a run's folder. The appendix, public
 weights, holds the names that other projects give to the same tensors.
@@ -29,7 +28,7 @@ import textwrap
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import nn
@@ -54,7 +53,6 @@ class Size:
     reductions: tuple = (8, 4, 2, 1)        # R of the spatial reduction
     ratios: tuple = (4, 4, 4, 4)            # FFN expansion
     width: int = 768                        # of the all-MLP head
-    decoder: int | tuple | None = None      # of the row's own head, where not that head's usual one
     rank: int = 64                          # bases of an NMF head
     drop_path: tuple = (0.1, 0.1)           # (cls, seg), rising linearly over the blocks
     eps: float = 1e-6                       # LayerNorms of blocks and stages; all others: 1e-5
@@ -91,10 +89,10 @@ SIZES = {
     "pvt_v2_b4": Size(LARGE, (3, 8, 27, 3), drop_path=(0.3, 0.1), **PVT_SIZE),
     "pvt_v2_b5": Size(LARGE, (3, 6, 40, 3), drop_path=(0.3, 0.1)),
     # SegNeXt, Table 2 (arXiv 2209.08575); mmsegmentation 1.x runs B, L with 16 bases by oversight
-    "mscan_t": Size(SMALL, (3, 3, 5, 2), decoder=256, rank=16, **MSCAN_SIZE),
-    "mscan_s": Size(LARGE, (2, 2, 4, 2), decoder=256, rank=16, **MSCAN_SIZE),
-    "mscan_b": Size(LARGE, (3, 3, 12, 3), decoder=512, **MSCAN_SIZE),
-    "mscan_l": Size(LARGE, (3, 5, 27, 3), decoder=1024, drop_path=(0.2, 0.3), **MSCAN_SIZE),
+    "mscan_t": Size(SMALL, (3, 3, 5, 2), rank=16, **MSCAN_SIZE),
+    "mscan_s": Size(LARGE, (2, 2, 4, 2), rank=16, **MSCAN_SIZE),
+    "mscan_b": Size(LARGE, (3, 3, 12, 3), **MSCAN_SIZE),
+    "mscan_l": Size(LARGE, (3, 5, 27, 3), drop_path=(0.2, 0.3), **MSCAN_SIZE),
     # Swin, §3.3 (arXiv 2103.14030)
     "swin_t": Size(depths=(2, 2, 6, 2), drop_path=(0.2, 0.3), **SWIN_SIZE),
     "swin_s": Size(depths=(2, 2, 18, 2), drop_path=(0.3, 0.3), **SWIN_SIZE),
@@ -112,13 +110,6 @@ SIZES = {
     "dest_b3": Size((64, 128, 250, 320), (3, 6, 8, 3), **DEST_SIZE),
     "dest_b4": Size((64, 128, 250, 320), (3, 8, 12, 5), **DEST_SIZE),
     "dest_b5": Size((64, 128, 250, 320), (3, 10, 16, 5), **DEST_SIZE),
-    # Lawin: MiT with a decoder of its own
-    "lawin_b0": Size(SMALL, (2, 2, 2, 2), width=256, decoder=128),
-    "lawin_b1": Size(LARGE, (2, 2, 2, 2), width=256, decoder=128),
-    "lawin_b2": Size(LARGE, (3, 4, 6, 3), decoder=512),
-    "lawin_b3": Size(LARGE, (3, 4, 18, 3), decoder=512),
-    "lawin_b4": Size(LARGE, (3, 8, 27, 3), decoder=(768, 512)),     # in the projections, after them
-    "lawin_b5": Size(LARGE, (3, 6, 40, 3), decoder=512),
     # the original project's own shape; its LayerNorms have PyTorch's eps
     "lite_1121": Size((64, 128, 256, 512), (1, 1, 2, 1), (1, 2, 4, 8), eps=1e-5),
     "lite_1221": Size((64, 128, 256, 512), (1, 2, 2, 1), (1, 2, 4, 8), eps=1e-5),
@@ -137,6 +128,7 @@ class Spec:
     norm: str | tuple = "ln"
     skip: str | tuple = "pre"
     head: str = "mlp"
+    decoder: int | tuple | None = None      # width of this head, where it is not the usual one
 
     @property
     def overrides(self):
@@ -167,15 +159,18 @@ MODELS = {spec.name: spec for spec in [
     *(Spec(f"segformer_b{i}", f"mit_b{i}") for i in range(6)),
     *(Spec(f"pvt_v2_b{i}", f"pvt_v2_b{i}", head="fpn") for i in range(6)),
     Spec("pvt_v2_b2_li", "pvt_v2_b2", attn="lsra", ffn="mix_relu", head="fpn"),
-    *(Spec(f"segnext_{x}", f"mscan_{x}", **SEGNEXT) for x in "tsbl"),
+    *(Spec(f"segnext_{x}", f"mscan_{x}", decoder=256, **SEGNEXT) for x in "ts"),
+    Spec("segnext_b", "mscan_b", decoder=512, **SEGNEXT),
+    Spec("segnext_l", "mscan_l", decoder=1024, **SEGNEXT),
     *(Spec(f"nextvit_{x}", f"next_vit_{x}", head="fpn", **NEXT) for x in "sbl"),
     *(Spec(f"swin_{x}", f"swin_{x}", **SWIN_WORDS) for x in "tsb"),
     *(Spec(f"dest_b{i}", f"dest_b{i}", attn="dest", ffn="dest", norm="bn") for i in range(6)),
-    *(Spec(f"lawin_b{i}", f"lawin_b{i}", head="lawin_sum") for i in (0, 1)),
-    *(Spec(f"lawin_b{i}", f"lawin_b{i}", head="lawin") for i in (2, 3, 4, 5)),
-
-    # The original project's experiments, one step after another. lite_hybrid and lite_window are
-    # Next-ViT's and Swin's own blocks, not that project's copies; all begin as MiT or Next-ViT.
+    *(Spec(f"lawin_b{i}", f"mit_b{i}", head="lawin_sum", decoder=128) for i in (0, 1)),
+    *(Spec(f"lawin_b{i}", f"mit_b{i}", head="lawin", decoder=512) for i in (2, 3)),
+    Spec("lawin_b4", "mit_b4", head="lawin", decoder=(768, 512)),   # in the projections, after them
+    Spec("lawin_b5", "mit_b5", head="lawin", decoder=512),
+    # The original project's experiments, one step after another; lite_hybrid and lite_window are
+    # Next-ViT's and Swin's own blocks.
     Spec("lite_lsra", "mit_b2", attn="lsra"),
     Spec("lite_lsra_dest", "mit_b2", attn="lsra", ffn="dest"),
     Spec("lite_rskip", "mit_b2", attn="lsra", ffn="dest", skip="recursive"),
@@ -242,9 +237,8 @@ class Encoder(nn.Module):
 
     def forward(self, images):
         if min(images.shape[2:]) < self.smallest:
-            raise UserError(f"image of {images.shape[3]} x {images.shape[2]} pixels: this model's "
-                            f"blocks need at least {self.smallest} pixels a side; give larger "
-                            "images, or other attention words")
+            raise UserError(f"image of {images.shape[3]} x {images.shape[2]} pixels: this model "
+                            f"needs {self.smallest} pixels a side; give larger images")
         x, maps = images, []
         for stage in self.stages:
             x, out = stage(x)
@@ -344,15 +338,13 @@ def build(name, task="seg", num_classes=None, drop_path=None, **slots):
 
 
 def make_spec(name, **slots):
-    """The Spec of a named row with some slots overridden; None leaves the row's word."""
+    """The Spec of a named row with some slots overridden."""
     if name not in MODELS:
         raise UserError(f"model {name!r} is not known; choose from: {', '.join(MODELS)}")
     chosen = {}
     for slot, words in slots.items():
         if slot not in SLOTS:
             raise UserError(f"slot {slot!r} is not known; choose from: {', '.join(SLOTS)}")
-        if words is None:
-            continue
         words = tuple(map(str.strip, words.split(","))) if isinstance(words, str) else tuple(words)
         for word in words:
             if word not in SLOTS[slot]:
@@ -366,19 +358,17 @@ def make_spec(name, **slots):
     for slot in spec.overrides:
         if SIZES[spec.size].groups and slot in ("ffn", "norm", "skip"):
             raise UserError(f"--{slot} {slots[slot]} does not go with --model {name}: Next-ViT's "
-                            "stages have their own ffn, norm and skip; change its embed, attn or "
-                            "head, or choose a model of plain blocks")
+                            "stages have their own ffn, norm and skip; leave it out")
     return spec
 
 
 def head_width(spec):
     """Width of the decoder: the row's, where the row is about this head, else the head's usual."""
-    size, usual = SIZES[spec.size], HEAD[spec.head].width
-    if usual is None:                       # the all-MLP decoder
-        return size.width
-    if size.decoder and spec.head == MODELS[spec.name].head:
-        return size.decoder
-    return usual
+    if HEAD[spec.head].width is None:       # the all-MLP decoder
+        return SIZES[spec.size].width
+    if spec.decoder and spec.head == MODELS[spec.name].head:
+        return spec.decoder
+    return HEAD[spec.head].width
 
 
 def smallest_image(spec):
@@ -542,8 +532,6 @@ def map_file(path):
     try:
         with open(path, "rb") as file:
             raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if file.read(1) else b""
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})")
     if raw[:23] == b"version https://git-lfs":
@@ -671,9 +659,6 @@ def lock_folder(output):
     except OSError as error:
         raise UserError(f"{output}: cannot write here ({error.strerror}); "
                         "choose another --output-dir")
-    for name in ("last.pt", "best.pt", "log.jsonl"):        # now, and not after the first epoch
-        if (output / name).is_dir():
-            raise UserError(f"{output / name}: a folder, where the run writes a file; move it away")
     return lock
 
 
@@ -886,9 +871,8 @@ def restore(checkpoint):
             name = min(theirs ^ ours, key=str)[0]
             raise TypeError(f"{name}: of another shape, or not in both")
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError("not the description of a model and its weights, as train_seg.py and "
-                        f"train_cls.py write them ({error}); give other weights to --pretrain, "
-                        "together with --model")
+        raise UserError("not the description of a model and its weights, as training writes them "
+                        f"({error}); give other weights to --pretrain, together with --model")
     for name, target in targets.items():
         check_numbers(name, weights[name], target)
     model = make()
@@ -958,15 +942,6 @@ MIT = """
     {i}.blocks.{j}.ffn.branch.{fc1|dwconv|fc2}      block{I}.{j}.mlp.{fc1|dwconv.dwconv|fc2}
     {i}.norm                                        norm{I}
 """
-HF_SEGFORMER = """
-    {i}.embed.{conv|norm}               patch_embeddings.{i}.{proj|layer_norm}
-    {i}.blocks.{j}.{attn|ffn}.norm      block.{i}.{j}.{layer_norm_1|layer_norm_2}
-    {i}.blocks.{j}.attn.branch.{q|kv}   block.{i}.{j}.attention.self.{query|key+value}
-    {i}.blocks.{j}.attn.branch.{sr|norm} block.{i}.{j}.attention.self.{sr|layer_norm}
-    {i}.blocks.{j}.attn.branch.proj     block.{i}.{j}.attention.output.dense
-    {i}.blocks.{j}.ffn.branch.{fc1|dwconv|fc2} block.{i}.{j}.mlp.{dense1|dwconv.dwconv|dense2}
-    {i}.norm                            layer_norm.{i}
-"""
 LITE = """
     {i}.blocks.{j}.attn.{norm1|norm2}           block.{i}.{j}.{layer_norm_11|layer_norm_12}
     {i}.blocks.{j}.ffn.{norm1|norm2}            block.{i}.{j}.{layer_norm_21|layer_norm_22}
@@ -975,7 +950,7 @@ LITE = """
     {i}.blocks.{j}.ffn.branch.fc1.{conv|norm}   block.{i}.{j}.mlp.{conv1|batch_norm1}
     {i}.blocks.{j}.ffn.branch.dwconv.{conv|norm} block.{i}.{j}.mlp.{dwconv.dwconv|batch_norm2}
     {i}.blocks.{j}.ffn.branch.fc2               block.{i}.{j}.mlp.conv2
-""" + HF_SEGFORMER
+""" + MIT
 MSCAN = """
     0.embed.0.{conv|norm}                       patch_embed1.proj.{0|1}
     0.embed.1.{conv|norm}                       patch_embed1.proj.{3|4}
@@ -1016,6 +991,11 @@ DEST = """
     {i}.blocks.{j}.ffn.branch.dwconv.{conv|norm}    block{I}.{j}.mlp.{dwconv.dwconv|norm2}
 """ + MIT
 # Dialects of a table: (theirs there, theirs here), one after another
+HF = (
+    ("patch_embed{I}.{proj|norm}", "patch_embeddings.{i}.{proj|layer_norm}"),
+    ("attn.{x}", "attention.{self.query|self.key+self.value|self.sr|self.layer_norm|output.dense}"),
+    ("block{I}", "block.{i}"), ("{norm1|norm2}", "{layer_norm_1|layer_norm_2}"),
+    ("fc1", "dense1"), ("fc2", "dense2"), ("norm{I}", "layer_norm.{i}"))
 MIT_MMSEG = (("patch_embed{I}.{proj|", "layers.{i}.0.{projection|"), ("block{I}", "layers.{i}.1"),
              ("attn.{x}", "attn.{attn.in_q|attn.in_kv|sr|norm|attn.out_proj}"),
              ("mlp.{fc1|dwconv.dwconv|fc2}", "ffn.layers.{0|1|4}"), ("norm{I}", "layers.{i}.2"))
@@ -1131,7 +1111,6 @@ class Format:
         return [part.contiguous() for part in parts]
 
 
-@lru_cache
 def key_rows(table, dialect=()):
     """The rows of a key map, one for each of their words: [(our name, list of theirs)]."""
     rows, choice = [], re.compile(r"{([^{}]*\|[^{}]*)}")
@@ -1158,12 +1137,12 @@ DEST_KIND = dict(linear=r"\.(q|k|proj|fc1\.conv|fc2)$", conv1d=True)
 HUB = "Hugging Face SegFormer"
 FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's share all names)
     Format("own checkpoint"),
-    Format(HUB, HF_SEGFORMER, HF_HEADS, "segformer.encoder."),
-    Format("Hugging Face SegFormer encoder", HF_SEGFORMER),
+    Format(HUB, MIT, HF_HEADS, "segformer.encoder.", HF),
+    Format("Hugging Face SegFormer encoder", MIT, dialect=HF),
     Format("SegFormer / PVTv2 encoder", MIT, CLS),
     Format("SegFormer / PVTv2 / Lawin segmentor", MIT, MMSEG_HEADS, "backbone."),
     Format("mmsegmentation SegFormer encoder", MIT, dialect=MIT_MMSEG),
-    Format("original project", LITE, LITE_HEADS, "segformer.encoder.",
+    Format("original project", LITE, LITE_HEADS, "segformer.encoder.", HF,
            linear=r"\.(q|kv|proj|projections\.\d)$"),
     Format("timm PVTv2", TIMM_STEM + MIT, CLS, dialect=PVT_V2_TIMM),
     Format("MSCAN encoder", MSCAN, CLS, **MSCAN_KIND),
@@ -1352,12 +1331,12 @@ def settle_head(model, state, found, misfits, missing):
     absent = not any(key in found or key in fresh for key in head)
     lacking = any(key in missing for key in head)
     left = any(HEADS.match(name) for name in unused(state, found | misfits))
-    if not (other or absent or lacking and left):
-        return fresh
-    for key in head:
-        found.pop(key, None)
-        misfits.pop(key, None)
-    return [key for key in head if not key.endswith(COUNTERS)]
+    if other or absent or lacking and left:
+        for key in head:
+            found.pop(key, None)
+            misfits.pop(key, None)
+        fresh = [key for key in head if not key.endswith(COUNTERS)]
+    return fresh
 
 
 def unused(state, used):
