@@ -95,9 +95,8 @@ def roll(x, shift):
 
 
 def full_precision(x):
-    """A context without autocast on the device of x."""
-    device = "cpu" if x.is_meta else x.device.type                  # autocast knows no meta device
-    return torch.autocast(device, enabled=False)
+    """A context without autocast on the device of x; "meta" is none that autocast knows."""
+    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
 
 
 class MatMul(nn.Module):
@@ -157,16 +156,6 @@ class DropPath(nn.Module):
         return x * (keep / (1 - self.p)).to(x.dtype)
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over (B, H, W). A batch of one 1 x 1 map has no variance: a UserError says so."""
-    def forward(self, x):
-        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-            raise UserError("BatchNorm in training mode got one image whose map is 1 x 1: no "
-                            "variance to estimate; use --batch-size 2 or more, or larger images "
-                            "(of no help where lawin pools the whole image)")
-        return super().forward(x)
-
-
 class GroupNorm2d(nn.GroupNorm):
     """GroupNorm that stays channels_last, which PyTorch's does not on GPUs."""
     def forward(self, x):
@@ -180,11 +169,10 @@ def conv_norm(norm, in_dim, dim, kernel=1, act=nn.ReLU):
     return ConvNorm(conv, norm(dim), act and act())
 
 
-conv_bn_relu = partial(conv_norm, BatchNorm2d)
+conv_bn_relu = partial(conv_norm, nn.BatchNorm2d)
 conv_gn = partial(conv_norm, partial(GroupNorm2d, 32))
 
-
-NORM = {"ln": LayerNorm2d, "bn": BatchNorm2d}
+NORM = {"ln": LayerNorm2d, "bn": nn.BatchNorm2d}
 
 
 # ---- Bilinear up-sampling: of a whole map, and of a strip of its rows ----------------------------
@@ -231,8 +219,7 @@ def source_rows(rows, height, h):
 def upsample_strip(x, rows, size, vertical):
     """The given rows of the resize of x (B, K, h, w) to `size`: (B, rows, W, K).
     Bilinear weights are products of a vertical and a horizontal one. The vertical half is a matrix
-    product here, with rows of `vertical` = bilinear_matrix(H, x): F.interpolate cannot choose rows.
-    """
+    product with rows of `vertical` = bilinear_matrix(H, x), as F.interpolate cannot choose rows."""
     sources = source_rows(rows, size[0], x.shape[2])
     x = x[:, :, sources]
     wide = resize(x, (x.shape[2], size[1])).permute(0, 2, 3, 1)     # (B, sources, W, K)
@@ -319,12 +306,7 @@ class NextEmbed(nn.Sequential):
         super().__init__(*steps or [nn.Identity()])
 
 
-EMBED = {
-    "overlap": OverlapEmbed,
-    "patch": PatchEmbed,
-    "conv": ConvEmbed,
-    "next": NextEmbed,
-}
+EMBED = {"overlap": OverlapEmbed, "patch": PatchEmbed, "conv": ConvEmbed, "next": NextEmbed}
 
 
 # ---- Attention and other token mixers ------------------------------------------------------------
@@ -399,13 +381,11 @@ class PooledKeys(nn.Module):
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__(dim, heads, 1)
-        self.pool = nn.AdaptiveAvgPool2d(7)
         self.sr = nn.Conv2d(dim, dim, 1)                            # drawn as a convolution is
         self.norm = LayerNorm2d(dim)
-        self.act = nn.GELU()
 
     def reduce(self, x):
-        return self.act(self.norm(self.sr(self.pool(x))))           # (B, C, 7, 7)
+        return F.gelu(self.norm(self.sr(F.adaptive_avg_pool2d(x, 7))))      # (B, C, 7, 7)
 
 
 class NoProjection(nn.Module):
@@ -452,7 +432,7 @@ class SimplifiedAttention(nn.Module):
         self.proj = Pointwise(dim, dim)
         self.sr = nn.Identity()
         if reduction > 1:
-            self.sr = ConvNorm(nn.Conv2d(dim, dim, reduction, reduction), BatchNorm2d(dim))
+            self.sr = ConvNorm(nn.Conv2d(dim, dim, reduction, reduction), nn.BatchNorm2d(dim))
         self.matmul = MatMul()
 
     def forward(self, x):
@@ -476,7 +456,7 @@ class WindowAttention(nn.Module):
     at most 7 pixels: models.build then sets `shift_small` to False. Cost: 4NC² + 98NC, N padded.
     In one dimension, windows of 3, shift 1, six pixels a..f:
         rolled    b c d | e f a      a and f meet, but are not neighbours
-        part      0 0 0 | 1 1 2      the mask is -100 where the parts of query and key differ
+        part      0 0 0 | 0 0 1      the mask is -100 where the parts of query and key differ
         bias      query i, key j -> table[i - j + 2]:   2 1 0
                                                         3 2 1
                                                         4 3 2"""
@@ -517,14 +497,10 @@ class WindowAttention(nn.Module):
 
     def mask(self, y, shift):
         """(windows of one image, 1, 49, 49): -100 where query and key are of different parts."""
-        parts = []
-        for side, s in zip(y.shape[2:], shift):
-            i = torch.arange(side, device=y.device)
-            part = torch.zeros_like(i)
-            if s:
-                part = (i >= side - self.SIZE).int() + (i >= side - s).int()
-            parts.append(part.view(-1, self.SIZE))                  # (windows, 7)
-        part = 3 * parts[0][:, None, :, None] + parts[1][None, :, None, :]      # (h, w, 7, 7)
+        rows, columns = (                                           # (windows, 7) of each axis
+            (torch.arange(side, device=y.device) >= side - s).int().view(-1, self.SIZE)
+            for side, s in zip(y.shape[2:], shift))
+        part = 2 * rows[:, None, :, None] + columns[None, :, None, :]       # (h, w, 7, 7)
         part = part.flatten(2).flatten(0, 1)                        # (h w, 49)
         return -100.0 * (part[:, :, None] != part[:, None, :])[:, None].to(y.dtype)
 
@@ -538,20 +514,16 @@ class MSCA(nn.Module):
     Cost: 3NC² + 103NC."""
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
-
-        def depthwise(*kernel):
-            return nn.Conv2d(dim, dim, kernel, padding=[k // 2 for k in kernel], groups=dim)
-
+        depthwise = partial(nn.Conv2d, dim, dim, padding="same", groups=dim)
         self.proj_1 = Pointwise(dim, dim)
-        self.act = nn.GELU()
-        self.local = depthwise(5, 5)
+        self.local = depthwise(5)
         self.strips = nn.ModuleList(
-            nn.Sequential(depthwise(1, k), depthwise(k, 1)) for k in (7, 11, 21))
+            nn.Sequential(depthwise((1, k)), depthwise((k, 1))) for k in (7, 11, 21))
         self.mix = Pointwise(dim, dim)
         self.proj_2 = Pointwise(dim, dim)
 
     def forward(self, x):
-        gate = self.act(self.proj_1(x))
+        gate = F.gelu(self.proj_1(x))
         z = self.local(gate)
         small, medium, large = (strip(z) for strip in self.strips)
         return self.proj_2(gate * self.mix(z + small + medium + large)) + x
@@ -560,22 +532,21 @@ class MSCA(nn.Module):
 class TokenMixer(nn.Module):
     """MLP-Mixer's token MLP (arXiv 2105.01601 Eq. 1), shared by the channels and by 7x7 windows.
     y = W4 GELU(W3 x + b3) + b4 along a window's 49 positions, hidden width C/2. Windows serve any
-    image size, zeros fill the last ones; between them the FFN's 3x3 convolution and the embeddings
-    carry what there is. erf GELU, as in timm; the original has the tanh form. Cost: NC², N padded.
-    """
+    image size, zeros fill the last ones; what crosses their borders is left to the FFN's 3x3
+    convolution and to the embeddings. erf GELU, as in timm; the original has the tanh form.
+    Cost: NC², N padded."""
     SIZE = 7
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
         self.fc1 = nn.Conv1d(self.SIZE ** 2, dim // 2, 1)           # positions are its channels
-        self.act = nn.GELU()
         self.fc2 = nn.Conv1d(dim // 2, self.SIZE ** 2, 1)
 
     def forward(self, x):
         height, width = x.shape[2:]
         y = fill(x, self.SIZE)
         p = windows(y, self.SIZE, self.SIZE)                        # (P, C, 7, 7)
-        out = self.fc2(self.act(self.fc1(tokens(p))))               # (P, 49, C)
+        out = self.fc2(F.gelu(self.fc1(tokens(p))))                 # (P, 49, C)
         return join_windows(grid(out, p), y)[:, :, :height, :width]
 
 
@@ -586,7 +557,7 @@ class MHCA(nn.Module):
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__()
         conv = nn.Conv2d(dim, dim, 3, padding=1, groups=heads, bias=False)
-        self.group_conv = ConvNorm(conv, BatchNorm2d(dim), nn.ReLU())
+        self.group_conv = ConvNorm(conv, nn.BatchNorm2d(dim), nn.ReLU())
         self.projection = Pointwise(dim, dim, bias=False)
 
     def forward(self, x):
@@ -605,7 +576,7 @@ class EMHSA(nn.Module):
         self.group = reduction ** 2
         self.q, self.k, self.v, self.proj = (Pointwise(dim, dim) for _ in range(4))
         if reduction > 1:
-            self.norm = BatchNorm2d(dim)
+            self.norm = nn.BatchNorm2d(dim)
         self.attend = Attend(heads)
 
     def reduce(self, x):
@@ -661,21 +632,16 @@ class MixFFN(nn.Module):
         hidden = dim * ratio
         self.fc1 = Pointwise(dim, hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.act = nn.GELU()
         self.fc2 = Pointwise(hidden, dim)
 
     def forward(self, x):
-        return self.fc2(self.act(self.dwconv(self.fc1(x))))
+        return self.fc2(F.gelu(self.dwconv(self.fc1(x))))
 
 
 class MixReLUFFN(MixFFN):
     """MixFFN with a ReLU after fc1: so PVTv2's linear models in their code, not in the paper."""
-    def __init__(self, dim, ratio):
-        super().__init__(dim, ratio)
-        self.relu = nn.ReLU()
-
     def forward(self, x):
-        return self.fc2(self.act(self.dwconv(self.relu(self.fc1(x)))))
+        return self.fc2(F.gelu(self.dwconv(F.relu(self.fc1(x)))))
 
 
 class DestFFN(nn.Module):
@@ -683,21 +649,16 @@ class DestFFN(nn.Module):
     def __init__(self, dim, ratio):
         super().__init__()
         hidden = dim * ratio
-        self.fc1 = ConvNorm(Pointwise(dim, hidden), BatchNorm2d(hidden))
+        self.fc1 = ConvNorm(Pointwise(dim, hidden), nn.BatchNorm2d(hidden))
         depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.dwconv = ConvNorm(depthwise, BatchNorm2d(hidden), nn.ReLU())
+        self.dwconv = ConvNorm(depthwise, nn.BatchNorm2d(hidden), nn.ReLU())
         self.fc2 = Pointwise(hidden, dim)
 
     def forward(self, x):
         return self.fc2(self.dwconv(self.fc1(x)))
 
 
-FFN = {
-    "mlp": MLP,
-    "mix": MixFFN,
-    "mix_relu": MixReLUFFN,
-    "dest": DestFFN,
-}
+FFN = {"mlp": MLP, "mix": MixFFN, "mix_relu": MixReLUFFN, "dest": DestFFN}
 
 
 # ---- Skips: how a branch F (attention or FFN) joins its input ------------------------------------
@@ -763,9 +724,9 @@ class NextConvBlock(nn.Module):
     """NCB: x + MHCA(x), no norm before it, then x + MLP(BN(x)), ReLU, ratio 3 (Next-ViT §3.2)."""
     def __init__(self, in_dim, dim, drop_path):
         super().__init__()
-        self.patch_embed = NextEmbed(in_dim, dim, 1, BatchNorm2d)   # nothing, if the widths agree
+        self.patch_embed = NextEmbed(in_dim, dim, 1, nn.BatchNorm2d)    # no change of width: none
         self.mhca = MHCA(dim, dim // HEAD_DIM, 1)
-        self.mlp_norm = BatchNorm2d(dim)
+        self.mlp_norm = nn.BatchNorm2d(dim)
         self.mlp = MLP(dim, 3, nn.ReLU)
         self.drop_path = DropPath(drop_path)
 
@@ -784,12 +745,12 @@ class NextTransformerBlock(nn.Module):
         super().__init__()
         wide = attention_width(dim)
         narrow = dim - wide
-        self.patch_embed = NextEmbed(in_dim, wide, 1, BatchNorm2d)
-        self.norm1 = BatchNorm2d(wide)
+        self.patch_embed = NextEmbed(in_dim, wide, 1, nn.BatchNorm2d)
+        self.norm1 = nn.BatchNorm2d(wide)
         self.attn = attention(wide, wide // HEAD_DIM, reduction, index)
-        self.projection = ConvNorm(Pointwise(wide, narrow, bias=False), BatchNorm2d(narrow))
+        self.projection = ConvNorm(Pointwise(wide, narrow, bias=False), nn.BatchNorm2d(narrow))
         self.mhca = MHCA(narrow, narrow // HEAD_DIM, 1)
-        self.norm2 = BatchNorm2d(dim)
+        self.norm2 = nn.BatchNorm2d(dim)
         self.mlp = MLP(dim, 2, nn.ReLU)
         self.drop_attn = DropPath(0.75 * drop_path)
         self.drop_mhca = DropPath(0.25 * drop_path)
@@ -839,17 +800,22 @@ class UpsampledSum(nn.Module):
         self.merge = MatMul()
         self.project = MatMul()
 
+    def merged(self, fuse, projections):
+        """-> [F_i W_i], each (E, C_i), and Σ F_i b_i + f (E,)."""
+        weight = fuse.weight.flatten(1)
+        levels = weight.split([p.out_channels for p in projections], 1)
+        levels = [self.merge(f, p.weight.flatten(1)) for f, p in zip(levels, projections)]
+        constant = (weight * torch.cat([p.bias for p in projections])).sum(1)       # Σ F_i b_i
+        return levels, constant if fuse.bias is None else fuse.bias + constant
+
     def forward(self, fuse, maps, projections=None):
         """fuse: 1x1 convolution over the concatenation; maps, projections: in its order
         -> (B, E, h, w), the finest size."""
-        weight, bias = fuse.weight.flatten(1), fuse.bias
-        if projections is None:
-            levels = weight.split([x.shape[1] for x in maps], 1)
+        if projections:
+            levels, bias = self.merged(fuse, projections)
         else:
-            levels = weight.split([p.out_channels for p in projections], 1)
-            levels = [self.merge(f, p.weight.flatten(1)) for f, p in zip(levels, projections)]
-            constant = (weight * torch.cat([p.bias for p in projections])).sum(1)   # Σ F_i b_i
-            bias = constant if bias is None else bias + constant
+            levels = fuse.weight.flatten(1).split([x.shape[1] for x in maps], 1)
+            bias = fuse.bias
         # Four levels: terms = [y4 + bias, y3, y2, y1]; out = y1 + up(y2) + up(y4 + bias) + up(y3).
         # The bias goes to the coarsest map, the smallest: a constant passes through up().
         terms = []
@@ -906,29 +872,22 @@ class MergedMlpHead(nn.Module):
     between the maps and the logits stays in a CPU's cache."""
     def __init__(self, head):
         super().__init__()
-        fuse = head.fuse.conv                                       # its norm is folded already
-        weight = fuse.weight.flatten(1)
-        levels = weight.chunk(4, 1)[::-1]
-        constant = torch.cat([p.bias for p in head.projections][::-1])
+        # The norm is folded into head.fuse.conv already. The coarsest level takes the bias.
+        weights, bias = head.sum.merged(head.fuse.conv, head.projections[::-1])
         self.levels = nn.ModuleList()
-        for p, level in zip(head.projections, levels):
-            merged = Pointwise(p.in_channels, fuse.out_channels, bias=p is head.projections[-1])
-            product = (level @ p.weight.flatten(1))[:, :, None, None]
-            merged.weight = nn.Parameter(product, requires_grad=False)
-            self.levels.append(merged)
-        bias = (weight * constant).sum(1) + fuse.bias
-        merged.bias = nn.Parameter(bias, requires_grad=False)       # the last level's, the coarsest
-        self.act = nn.ReLU(inplace=True)
+        for weight in weights[::-1]:
+            level = Pointwise(weight.shape[1], len(weight), bias=weight is weights[0])
+            level.weight = nn.Parameter(weight[:, :, None, None], requires_grad=False)
+            self.levels.append(level)
+        level.bias = nn.Parameter(bias, requires_grad=False)
         self.classifier = head.classifier
 
     def forward(self, maps):
         finest, size = maps[0], maps[0].shape[2:]
         coarse = [level(y) for level, y in zip(self.levels[1:], maps[1:])]
         if torch.compiler.is_compiling():       # strips would fix the sizes of an exported graph
-            x = self.levels[0](finest)
-            for y in coarse:
-                x = x + resize(y, size)
-            return self.classifier(self.act(x))
+            x = sum((resize(y, size) for y in coarse), self.levels[0](finest))
+            return self.classifier(F.relu(x))
         verticals = [bilinear_matrix(size[0], y) for y in coarse]
         out = finest.new_empty(len(finest), self.classifier.out_channels, *size)
         out = out.to(memory_format=torch.channels_last)
@@ -937,7 +896,7 @@ class MergedMlpHead(nn.Module):
             x = self.levels[0](finest[images, :, rows])
             for y, vertical in zip(coarse, verticals):
                 x += upsample_strip(y[images], rows, size, vertical).permute(0, 3, 1, 2)
-            out[images, :, rows] = self.classifier(self.act(x))
+            out[images, :, rows] = self.classifier(F.relu(x, inplace=True))
         return out
 
 
@@ -1019,7 +978,6 @@ class HamHead(nn.Module):
         nn.init.zeros_(self.ham_in.bias)
         self.nmf = NMF(width, rank, steps=(6, 7), eps=1e-6)
         self.ham_out = conv_gn(width, width, act=None)
-        self.act = nn.ReLU()
         self.align = conv_gn(width, width)
         self.dropout = nn.Dropout2d(0.1)
         self.classifier = logit_layer(width, num_classes)
@@ -1027,8 +985,8 @@ class HamHead(nn.Module):
     def forward(self, maps):
         x = self.sum(self.squeeze.conv, maps[1:])                   # (B, E, H/8, W/8)
         x = self.squeeze.act(self.squeeze.norm(x))
-        context = self.nmf(self.act(self.ham_in(x)))                # (B, E, H/8, W/8)
-        x = self.act(x + self.ham_out(context))
+        context = self.nmf(F.relu(self.ham_in(x)))                  # (B, E, H/8, W/8)
+        x = F.relu(x + self.ham_out(context))
         return self.classifier(self.dropout(self.align(x)))         # (B, K, H/8, W/8)
 
 
@@ -1042,16 +1000,15 @@ class LightHamHead(nn.Module):
         super().__init__()
         self.squeeze = Pointwise(sum(dims[1:]), width, bias=False)
         self.sum = UpsampledSum()
-        self.act = nn.ReLU()
         self.nmf = NMF(width, rank, steps=(6, 6), eps=1e-7, one_step=True)
         self.dropout = nn.Dropout2d(0.1)
         self.classifier = Pointwise(width, num_classes)
-        nn.init.normal_(self.squeeze.weight, std=0.02)
-        nn.init.normal_(self.classifier.weight, std=0.02)
+        for conv in (self.squeeze, self.classifier):
+            nn.init.normal_(conv.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, maps):
-        x = self.act(self.sum(self.squeeze, maps[1:]))              # (B, E, H/8, W/8)
+        x = F.relu(self.sum(self.squeeze, maps[1:]))                # (B, E, H/8, W/8)
         return self.classifier(self.dropout(x + self.nmf(x)))       # (B, K, H/8, W/8)
 
 
@@ -1098,7 +1055,7 @@ class LargeWindowAttention(nn.Module):
         low, high = margin // 2, margin - margin // 2
         self.margin = (low, high, high, low)    # left right top bottom; R = 8: 3 4 4 3, as released
         depthwise = nn.Conv2d(dim, dim, ratio, ratio, groups=dim, bias=False)
-        depthwise_norm = ConvNorm(depthwise, BatchNorm2d(dim), nn.ReLU())
+        depthwise_norm = ConvNorm(depthwise, nn.BatchNorm2d(dim), nn.ReLU())
         self.down = nn.Sequential(depthwise_norm, conv_bn_relu(dim, dim))
         self.norm = LayerNorm2d(dim) if mixing else None
         self.mixing = PositionMixing(heads) if mixing else None
@@ -1106,7 +1063,7 @@ class LargeWindowAttention(nn.Module):
         self.phi = Pointwise(dim, inner)
         self.g = Pointwise(dim, inner)
         self.attend = Attend(heads)
-        self.out = ConvNorm(Pointwise(inner, dim, bias=False), BatchNorm2d(dim))
+        self.out = ConvNorm(Pointwise(inner, dim, bias=False), nn.BatchNorm2d(dim))
         for conv in (depthwise, self.out.conv):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         for conv in (self.theta, self.phi, self.g):
