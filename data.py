@@ -300,6 +300,9 @@ FAULTS = {    # what the type and message of a library's error contain: what is 
     "DataLoader worker .*(exited|killed)|shared memory|Too many open files|ancdata":
         "a loader's process died (out of memory, of /dev/shm or of open files?); try a lower "
         "--workers, or 0",
+    "more than 1 value per channel":
+        "a BatchNorm got one image whose map is 1 x 1; use --batch-size 2 or more, or (of no help "
+        "where lawin pools the whole image) larger images",
     "deterministic implementation":
         "--deterministic: a block of this model cannot be so on CUDA; leave the flag out",
     "CxxCompiler|CppCompileError|find C compiler|TritonMissing|working triton":
