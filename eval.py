@@ -54,20 +54,18 @@ def stacked(tensors, device):
 
 def refuse_not_finite(flags, names):
     """flags: whether the outputs for each image are finite, a tensor (B,) a batch, read at once."""
-    bad = (~torch.cat(flags)).nonzero().flatten().tolist() if flags else []
+    finite = torch.cat(flags).tolist() if flags else []
+    bad = [name for name, good in zip(names, finite) if not good]
     if bad:
-        raise UserError(f"{data.shown(names[bad[0]])}: the model's output is not finite "
+        raise UserError(f"{data.shown(bad[0])}: the model's output is not finite "
                         f"({len(bad)} such images); damaged weights, or too large for fp16?")
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
 
 class ConfusionMatrix:
-    """Pixels of each (label, prediction) of a whole set, exact: float32 stops counting at 2^24.
-
-    The sums stay on the device, so that the host waits for nothing until the figures are wanted.
-    """
-
+    """Pixels of each (label, prediction) of a whole set, exact: float32 stops counting at 2^24. The
+    sums stay on the device, so that the host waits for nothing until the figures are wanted."""
     def __init__(self, num_classes, device="cpu"):
         self.num_classes = num_classes
         shape = num_classes, num_classes                        # row: label, column: prediction
@@ -131,10 +129,8 @@ class ConfusionMatrix:
 
 def input_size(size, short_side, scale=1.0, divisor=None):
     """(H, W) of an image -> what the network sees: fitted into (4 short, short), its ratio kept.
-
     short_side: None for images as they are stored. divisor: each side then goes up to the next
-    multiple, which changes the ratio a little ("AlignedResize").
-    """
+    multiple, which changes the ratio a little ("AlignedResize")."""
     factor = scale
     if short_side:
         factor *= min(4 * short_side / max(size), short_side / min(size))
@@ -157,43 +153,33 @@ def sliding(model, images, crop, stride):
     return total.div_(times)
 
 
-def views(model, images, short_side=None, scales=(1.0,), flip=False, slide=None, size_divisor=None,
-          amp="off"):
-    """uint8 images (B, 3, H, W), on the model's device -> logits (B, K, h, w) for each scale, side.
-
+@torch.inference_mode()
+def segment(model, images, size, short_side=None, scales=(1.0,), flip=False, slide=None,
+            size_divisor=None, amp="off"):
+    """uint8 images (B, 3, H, W), on the model's device -> logits, classes, finite.
+    logits: a (B, K, h, w) for each scale and side. classes (B, *size): of the largest logit, and
+    with several views of the largest mean of soft-maxes. finite (B,): whether all logits are.
     The image is resized bilinearly with antialiasing, as the training views are (a smaller image is
-    what it would look like; cv2's bilinear, in the original pipelines, skips pixels).
-    """
-    out = []
+    what it would look like; cv2's bilinear, in the original pipelines, skips pixels)."""
+    views = []
     for scale in scales:
-        size = input_size(images.shape[2:], short_side, scale, size_divisor)
-        x = data.normalise(TF.resize(images, size, antialias=True))
+        seen = input_size(images.shape[2:], short_side, scale, size_divisor)
+        x = data.normalise(TF.resize(images, seen, antialias=True))
         x = x.contiguous(memory_format=torch.channels_last)
         for mirrored in (False, True) if flip else (False,):
             view = x.flip(-1) if mirrored else x
             with torch.autocast(x.device.type, AMP[amp], enabled=amp != "off"):
                 logits = sliding(model, view, *slide) if slide else model(view)
-            out.append(logits.flip(-1) if mirrored else logits)
-    return out
-
-
-@torch.inference_mode()
-def segment(model, images, size, **protocol):
-    """uint8 (B, 3, H, W) -> the views' logits; the class of each pixel at `size`, (B, *size): that
-    of the largest logit, of several views of the largest mean of soft-maxes; whether all logits of
-    an image are finite, (B,)."""
-    logits = views(model, images, **protocol)
-    finite = torch.stack([view.isfinite().flatten(1).all(1) for view in logits]).all(0)
-    return logits, layers.upsampled_argmax(logits, size), finite
+            views.append(logits.flip(-1) if mirrored else logits)
+    finite = torch.stack([logits.isfinite().flatten(1).all(1) for logits in views]).all(0)
+    return views, layers.upsampled_argmax(views, size), finite
 
 
 def predict(model, image, size=None, **protocol):
     """Class of each pixel of an image, at its size or `size` -> int64 (H, W) on the model's device.
-
     image: PIL image (ImageOps.exif_transpose turns a photograph upright) or uint8 (3, H, W); uint8
-    (B, 3, H, W) gives (B, H, W). protocol: the keywords of `views`; short_side is the model's .size
-    by default, which models.load sets. Errors: UserError.
-    """
+    (B, 3, H, W) gives (B, H, W). protocol: the keywords of `segment`; short_side is the model's
+    .size by default, which models.load sets. Errors: UserError."""
     if isinstance(image, Image.Image):
         image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     if image.dtype != torch.uint8 or image.shape[-3] != 3:
@@ -208,10 +194,8 @@ def predict(model, image, size=None, **protocol):
 @torch.inference_mode()
 def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
     """The whole set, over all processes -> ConfusionMatrix; its .loss is that of the first view.
-
-    model: in evaluation mode. protocol: the keywords of `views`. Errors: UserError, which names the
-    image if the logits are not finite.
-    """
+    model: in evaluation mode. protocol: the keywords of `segment`. Errors: UserError, which names
+    the image."""
     device, flags, paths = processes.device, [], []
     matrix = ConfusionMatrix(model.num_classes, device)
     criterion = layers.UpsampledCrossEntropy(data.IGNORED)
@@ -237,9 +221,7 @@ def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
 @torch.inference_mode()
 def evaluate_cls(model, dataset, processes, batch_size, workers, amp="off"):
     """The whole set, over all processes -> {"top1", "top5"} in percent and the mean "val_loss".
-
-    model: in evaluation mode. Errors: as evaluate_seg's.
-    """
+    model: in evaluation mode. Errors: as evaluate_seg's."""
     device, flags = processes.device, []
     sums = torch.zeros(4, dtype=torch.float64, device=device)   # hits, hits in five, loss, images
     for items in batches(dataset, processes, batch_size, workers):
