@@ -737,8 +737,7 @@ def training_parser(description, recipe, quick):
     add("--pretrain", "weights to start from: a best.pt, a public file, a Hugging Face folder")
     add("--epochs", "passes over the training set", type=positive_int)
     add("--batch-size", "images per process and pass; else these share it", type=positive_int)
-    add("--accum", "passes per step: effective batch = batch size x processes x passes",
-        type=positive_int, default=1)
+    add("--accum", "passes per step; they multiply the batch", type=positive_int, default=1)
     add("--lr", "learning rate of the encoder", type=positive)
     add("--weight-decay", "of matrices and kernels", type=non_negative)
     add("--warmup", "linear, in steps, or in epochs: 5e (default 1500, at most 5 %% of all)",
@@ -1346,19 +1345,13 @@ def unused(state, used):
                                            or TASK_NORMS.match(name) or name.endswith(COUNTERS))]
 
 
-def export_pretrained(model, path, format=None):
+def export_pretrained(model, path):
     """Write a model's weights under the names of a public format; load_pretrained reads them back.
 
-    path: a folder for "Hugging Face SegFormer", else a .pth file with a flat dict; format: the name
-    of one of FORMATS, by default the hub's for a path without a suffix, else the first of those
-    that name most of the tensors. Errors: UserError."""
-    if format is None and pathlib.Path(path).suffix:
-        forms = [f for f in FORMATS[1:] if f.name != HUB]
-    else:
-        forms = [f for f in FORMATS if f.name == (format or HUB)]
-    if not forms:
-        raise UserError(f"format {format!r} is not known; choose from: "
-                        f"{', '.join(f.name for f in FORMATS)}")
+    path: a folder for Hugging Face, else a .pth file with a flat dict, in the first of the other
+    FORMATS that name most of the tensors. Errors: UserError."""
+    to_hub = not pathlib.Path(path).suffix
+    forms = [f for f in FORMATS[1:] if (f.name == HUB) == to_hub]
     names_of, form = max(((f.names(model), f) for f in forms), key=lambda pair: len(pair[0]))
     if nameless := [key for key in model.state_dict() if key not in names_of]:
         raise UserError(f"{form.name} has no name for tensors of {model.spec}: "
@@ -1366,7 +1359,7 @@ def export_pretrained(model, path, format=None):
     state = {}
     for key, value in model.state_dict().items():
         state |= zip(names_of[key], form.write(key, value.cpu(), len(names_of[key])))
-    if form.name == HUB:
+    if to_hub:
         write_hub_directory(pathlib.Path(path), model, state)
     else:
         save_checkpoint(path, state)
