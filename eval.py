@@ -31,7 +31,7 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def naming(path):
-    """Put the file's name before the message of a UserError raised inside."""
+    """Put the file's name before a UserError's message."""
     try:
         yield
     except UserError as error:

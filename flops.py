@@ -48,17 +48,13 @@ FREE = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.GELU, nn
         layers.DropPath, nn.modules.dropout._DropoutNd, nn.modules.pooling._AvgPoolNd,
         nn.modules.pooling._AdaptiveAvgPoolNd)
 
+# The table's part, by the word that follows stage and block in a module's name: a skip's norm goes
+# with its attention or FFN.
 PARTS = {"embed": "patch embed", "attn": "attention", "ffn": "FFN", "norm": "stage norms",
          "head": "decoder",
          # inside Next-ViT's blocks
          "patch_embed": "patch embed", "mhca": "attention", "norm1": "attention",
          "projection": "attention", "mlp": "FFN", "mlp_norm": "FFN", "norm2": "FFN"}
-
-
-def part_of(name):
-    """The table's part for a module's dotted name; a skip's norm goes with its attention or FFN."""
-    word = re.sub(r"^encoder\.stages\.\d+\.(blocks\.\d+\.)?", "", name).split(".")[0]
-    return PARTS.get(word, word)
 
 
 @dataclass
@@ -81,11 +77,9 @@ class Count:
 
 def count(model, size=(512, 512)):
     """Multiply-adds of one image of size (H, W) in evaluation mode, and the parameters -> Count.
-
     Runs a copy on the meta device: nothing is computed, and the model stays as it is. A leaf module
     of a class without a formula is a UserError, never a silent zero. A module that is used twice,
-    or under two names, counts its parameters once and the multiply-adds of every call.
-    """
+    or under two names, counts its parameters once and the multiply-adds of every call."""
     model = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     rows = {}
     for name, module in model.named_modules():
@@ -94,23 +88,20 @@ def count(model, size=(512, 512)):
         if formula is None and leaf and not isinstance(module, FREE):
             raise UserError(f"{name} ({type(module).__name__}): flops.py has no formula for this "
                             "layer; add it to MACS or FREE")
-        stage = re.match(r"encoder\.stages\.(\d)", name)
+        place = re.match(r"(?:encoder\.stages\.(\d)\.(?:blocks\.\d+\.)?)?(\w*)", name)
         params = sum(p.numel() for p in module.parameters(recurse=False))
-        rows[name] = {"name": name, "part": part_of(name), "macs": 0, "params": params, "calls": 0,
-                      "stage": int(stage[1]) + 1 if stage else None}
-        module.register_forward_hook(partial(record, rows[name], formula))
+        rows[name] = {"name": name, "part": PARTS.get(place[2], place[2]), "macs": 0,
+                      "params": params, "calls": 0, "stage": int(place[1]) + 1 if place[1] else None}
+
+        def record(module, inputs, out, row=rows[name], formula=formula):
+            row["calls"] += 1
+            row["macs"] += formula(module, inputs, out) if formula else 0
+        module.register_forward_hook(record)
     with torch.no_grad():
         model(torch.zeros(1, 3, *size, device="meta"))
     return Count(sum(row["macs"] for row in rows.values()),
                  sum(p.numel() for p in model.parameters()),
                  [row for row in rows.values() if row["macs"] or row["params"]])
-
-
-def record(row, formula, module, inputs, out):
-    """The hook: add a call, and its multiply-adds, to the module's row."""
-    row["calls"] += 1
-    if formula:
-        row["macs"] += formula(module, inputs, out)
 
 
 # ---- Time and memory -----------------------------------------------------------------------------
@@ -129,11 +120,9 @@ def run(model, images, amp):
 
 def latency(cases, args, device):
     """Of the inference forms, {name: (spec, size)} -> {name: median and quartiles in ms, images/s}.
-
     The cases take turns, so that a machine that slows down for a while slows down all of them. With
     one model, whose sizes rise, also the peak memory in GiB up to each: of tensors on a GPU, on
-    the CPU all that the process held.
-    """
+    the CPU all that the process held."""
     runs, table, seconds = {}, {}, {name: [] for name in cases}
     for name, (spec, size) in cases.items():
         model = models.build(spec.name, args.task, args.num_classes, **spec.overrides)
@@ -213,7 +202,6 @@ def print_comparison(results, base):
 
 def draw(args, results):
     """--plot: GMAC against mIoU, the mean labelled among its seeds, or else against parameters.
-
     A change of the baseline is labelled with its words alone."""
     series = {}
     for name, result in results.items():
@@ -266,8 +254,7 @@ def arguments(argv=None):
         help="default segformer_b2")
     add("--task", choices=list(models.CLASSES), default="seg", help="default seg")
     add("--num-classes", type=whole, help="default 150 for seg, 1000 for cls")
-    add("--size", type=height_width, nargs="+", default=[(512, 512)], metavar="SIDE",
-        help="512, 512x1024 or 512 1024: height, width (default 512)")
+    add("--size", type=height_width, default=(512, 512), help="512, or HEIGHTxWIDTH (default 512)")
     add("--sizes", type=height_width, nargs="+", metavar="SIZE", help="several, of one model")
     add("--fused", action="store_true", help="count with BatchNorm folded and decoder merged")
     add("--latency", type=whole, nargs="?", const=30, metavar="RUNS",
@@ -296,7 +283,6 @@ def arguments(argv=None):
         args.rows = [specs(name) for name in args.accuracy]
     elif args.all:
         args.rows = [list(models.MODELS.values())]
-    args.size = args.size[0][0], args.size[-1][-1]
     args.num_classes = args.num_classes or models.CLASSES[args.task]
     return args
 
