@@ -316,8 +316,6 @@ def build(name, task="seg", num_classes=None, drop_path=None, **slots):
     size = SIZES[spec.size]
     num_classes = CLASSES[task] if num_classes is None else num_classes
     rate = size.drop_path[task == "seg"] if drop_path is None else drop_path
-    if not 0 <= rate < 1:
-        raise UserError(f"drop_path {rate}: must be at least 0 and below 1")
     blocks = sum(size.depths)
     rates = iter([rate * i / max(blocks - 1, 1) for i in range(blocks)])
     uses = HEAD[spec.head].uses if task == "seg" else (3,)
