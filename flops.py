@@ -89,9 +89,9 @@ def count(model, size=(512, 512)):
             raise UserError(f"{name} ({type(module).__name__}): flops.py has no formula for this "
                             "layer; add it to MACS or FREE")
         place = re.match(r"(?:encoder\.stages\.(\d)\.(?:blocks\.\d+\.)?)?(\w*)", name)
-        params = sum(p.numel() for p in module.parameters(recurse=False))
-        rows[name] = {"name": name, "part": PARTS.get(place[2], place[2]), "macs": 0,
-                      "params": params, "calls": 0, "stage": int(place[1]) + 1 if place[1] else None}
+        rows[name] = {"name": name, "part": PARTS.get(place[2], place[2]),
+                      "stage": int(place[1]) + 1 if place[1] else None, "macs": 0, "calls": 0,
+                      "params": sum(p.numel() for p in module.parameters(recurse=False))}
 
         def record(module, inputs, out, row=rows[name], formula=formula):
             row["calls"] += 1
