@@ -798,12 +798,14 @@ BOTH_TASKS = [*((case, "seg") for case in SMALL), *((case, "cls") for case in SM
 def small(case, task="seg"):
     """The case's model in evaluation mode with few layers and random weights, norms and scales; copy to change."""
     name, slots = SMALL[case]
-    size = models.SIZES[models.MODELS[name].size]
-    few = dict(dims=(32, 64, 96, 128), depths=(2, 1, 1, 1), heads=(1, 2, 3, 4), width=32, decoder=128, rank=8)
+    row = models.MODELS[name]
+    size = models.SIZES[row.size]
+    few = dict(dims=(32, 64, 96, 128), depths=(2, 1, 1, 1), heads=(1, 2, 3, 4), width=32, rank=8)
     if size.groups:         # two of Next-ViT's three kinds of stage: NCBs alone, NCB and NTB
         few |= dict(dims=(32, 128, 128, 128), depths=(1, 2, 2, 2), groups=(0, 2, 2, 2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.SIZES, models.MODELS[name].size, replace(size, **few))
+        patch.setitem(models.SIZES, row.size, replace(size, **few))
+        patch.setitem(models.MODELS, name, replace(row, decoder=128))
         for head in layers.HEAD.values():
             patch.setattr(head, "width", head.width and 128)
         torch.manual_seed(0)
