@@ -1251,7 +1251,8 @@ def test_families_equal_their_libraries(case, monkeypatch):
                 mine = ours.to(dtype).encoder(x)
                 pairs = [*zip(mine, maps), (ours.head(mine), logits)]
             assert all(close(a, b, limit) for a, b in pairs)
-    assert same_bits(as_file(ours.float(), form), {k: v for k, v in weights.items() if not k.endswith("relative_position_index")})
+    alive = {k: v for k, v in weights.items() if not k.endswith("relative_position_index")}
+    assert same_bits(as_file(ours.float(), form), alive)
     for_seg = models.load_pretrained(models.build(name, "seg", 5), weights)
     own_norms = {"nextvit_s": 3, "swin_t": 4}.get(name, 0)          # stages whose norms segmentation alone has
     assert not for_seg.missing
