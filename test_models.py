@@ -830,8 +830,7 @@ def test_any_size_in_either_layout(case):
         assert logits.shape == (2, 5, -(-height // stride), -(-width // stride))
         assert logits.isfinite().all() and logits.std() > 0 and close(again, logits, 2e-5)
     if model.encoder.smallest > 1:
-        refused(lambda: model(images(1, 3, 128, model.encoder.smallest - 1)),
-                f"at least {model.encoder.smallest} pixels")
+        refused(lambda: model(images(1, 3, 128, model.encoder.smallest - 1)), f"needs {model.encoder.smallest} pixels")
 
 
 @pytest.mark.parametrize("case, task", BOTH_TASKS)
