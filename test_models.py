@@ -3015,6 +3015,54 @@ def alternate(ours, theirs, rounds):
     return [sorted(seconds[1:])[rounds // 2] for seconds in times]
 
 
+def as_tokens(m, x):
+    return layers.grid(m(layers.tokens(x), x.shape[2:]), x)
+
+
+SPEED_PAIRS = {     # name: (ours, theirs, width, side of the map in a 512 x 512 image, how to call theirs)
+    "sra+mix, timm PVTv2": (
+        partial(block, "sra", "mix", "pre", 128, 2, 4, 1e-6),
+        lambda timm: timm.models.pvt_v2.Block(128, 2, sr_ratio=4, qkv_bias=True), 128, 64, as_tokens),
+    "lsra+mix_relu, timm PVTv2": (
+        partial(block, "lsra", "mix_relu", "pre", 128, 2, 4, 1e-6),
+        lambda timm: timm.models.pvt_v2.Block(128, 2, linear_attn=True, qkv_bias=True), 128, 64, as_tokens),
+    "window+mlp, timm Swin": (
+        partial(block, "window", "mlp", "pre", 192, 6, 1, 1e-5, index=1),
+        lambda timm: timm.models.swin_transformer.SwinTransformerBlock(192, (64, 64), 6, shift_size=3), 192, 64,
+        lambda m, x: m(x.permute(0, 2, 3, 1))),
+    "NCB, timm Next-ViT": (
+        partial(next_block, "ncb", 192, 192, 1, 192),
+        lambda timm: timm.models.nextvit.NextConvBlock(192, 192), 192, 64, lambda m, x: m(x)),
+    "NTB, timm Next-ViT": (
+        partial(next_block, "ntb", layers.attention_width(256), 192, 1, 256, 4, 0),
+        lambda timm: timm.models.nextvit.NextTransformerBlock(192, 256, drop_path=0.0, sr_ratio=4), 192, 64,
+        lambda m, x: m(x)),
+}
+
+
+@pytest.mark.parametrize("pair", SPEED_PAIRS)
+def test_speed_of_blocks(on_demand, pair):
+    """Inference, and a training pass forward and backward, batch 1, float32."""
+    make, other, dim, side, call = SPEED_PAIRS[pair]
+    ours, theirs = make().to(memory_format=torch.channels_last), other(pytest.importorskip("timm"))
+    x = torch.randn(1, dim, side, side)
+    mine = x.to(memory_format=torch.channels_last)
+    x = mine if call is as_tokens or "Swin" in pair else x      # what their own layout makes of a map is a view then
+    figures = []
+    for training in (False, True):
+        ours.train(training), theirs.train(training)
+        mine.requires_grad_(training), x.requires_grad_(training)
+
+        def run(module, x):
+            with torch.set_grad_enabled(training):
+                y = module(x)
+                if training:
+                    y.backward(torch.ones_like(y))              # sum() would hand down a gradient without strides
+        a, b = alternate(lambda: run(ours, mine), lambda: run(partial(call, theirs), x), 9)
+        figures.append(f"{a * 1e3:8.1f} / {b * 1e3:8.1f} ms = {a / b:.2f}")
+    print(f"\n{pair:40} ours / theirs: inference {figures[0]}, training {figures[1]}")
+
+
 # ru_maxrss would know the parent's
 MEMORY = """
 import sys, torch, layers, models, test_models
