@@ -577,8 +577,10 @@ def scan(folder, suffixes, end=""):
                             "remove one of them")
         found[stem] = path
     if not found:
-        raise UserError(f"{shown(folder)}: no images *{end} of the types "
-                        f"{' '.join(sorted(suffixes))}; {contents(Path(folder))}")
+        what = "images" if suffixes is IMAGE_FILES else "masks (JPEG would change their ids)"
+        types = " ".join(end + suffix for suffix in sorted(suffixes))
+        raise UserError(f"{shown(folder)}: no {what} that end in one of {types}; "
+                        f"{contents(Path(folder))}")
     return found
 
 
@@ -955,13 +957,14 @@ def read_classes(root, zero_is_class):
             if type(value) is int:
                 key, value = value, key
             names[int(key)] = value
-    are_ids = 0 < len(names) < IGNORED and sorted(names) == list(range(len(table)))
-    are_names = [isinstance(name, str) and len(name) <= 200 and len(name.strip().splitlines()) == 1
-                 for name in names.values()]
-    if not are_ids or not all(are_names):
+    if not 0 < len(names) < IGNORED or sorted(names) != list(range(len(table))):
         raise UserError(f'{shown(path)}: must be {{"0": "name", "1": "name", ...}}, with each id '
-                        "from 0 on once, without a gap, for at most 254 classes; a name is one "
-                        "line of text, not empty, of at most 200 characters")
+                        "from 0 on once, without a gap, for at most 254 classes")
+    for k, name in names.items():
+        one_line = isinstance(name, str) and len(name.strip().splitlines()) == 1
+        if not one_line or len(name) > 200:
+            raise UserError(f"{shown(path)}: the name of class {k} is {shown(repr(name)[:60])}; a "
+                            "name is one line of text, not empty, of at most 200 characters")
     return [names[k].strip() for k in range(len(names))]
 
 
