@@ -182,6 +182,9 @@ MODELS = {spec.name: spec for spec in [
     Spec("lite_window", "mit_b2", attn="window"),
     Spec("lite_hybrid", "lite_hybrid", **NEXT),
     Spec("lite_final", "lite_1221", attn="lsra_noproj", ffn="dest", head="light_ham"),
+
+    # Composed from README's table of changes: each of the four pays on SegFormer-B0 by itself.
+    Spec("lite_best", "mit_b0", embed="conv", attn="msca", ffn="dest", norm="bn"),
 ]}
 
 

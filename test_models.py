@@ -74,7 +74,7 @@ with open(os.path.join(HERE, "assets", "golden.json")) as file:
     # outputs: {name: [tolerance = 10 x the case's own float32 noise, root mean square, flat indices, values]}
     # "parameters": {row: [seg with 150 classes, cls with 1000]}, the released networks without their dead layers.
     # Sources: the papers' repositories; for lite_* the original project's code; where a release has no such form
-    # (dest's cls and mlp head, swin's fpn, lawin's cls, lite_msca, lite_window, lite_hybrid) the closed forms' sum.
+    # (dest's cls and mlp head, swin's fpn, lawin's cls, lite_msca, _window, _hybrid, _best) the closed forms' sum.
     # "encoders": {row: segmentation's encoder alone}
     GOLDEN = json.load(file)
 
@@ -2565,6 +2565,17 @@ def literal_macs(name):
 def test_macs_are_the_published(name, published, tolerance):
     literal = literal_macs(name) / 1e9
     assert abs(literal - published) <= tolerance if tolerance else 0.992 * published < literal < published
+
+
+def test_lite_best_is_made_of_words_and_costs_less_than_lite_final():
+    best, final = (flops.count(on_meta(name)) for name in ("lite_best", "lite_final"))
+    assert best.macs < final.macs and best.params < final.params
+    words = {"embed": "conv", "attn": "msca", "ffn": "dest", "norm": "bn"}
+    both = []
+    for name, slots in (("lite_best", {}), ("segformer_b0", words)):
+        torch.manual_seed(0)
+        both.append(models.build(name, num_classes=5, **slots).state_dict())
+    assert same_bits(*both)
 
 
 def test_counting_leaves_no_trace():
