@@ -22,6 +22,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import struct
 import sys
 import threading
@@ -33,6 +34,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,9 +74,14 @@ def start(device=None, timeout=300):
     """
     rank, world, local_rank, local_world = 0, 1, 0, 1
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        try:
+            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            range(world)[rank]
+        except (ValueError, IndexError):
+            raise UserError("RANK and WORLD_SIZE are not as torchrun sets them; unset them, or "
+                            "start with torchrun") from None
     elif "WORLD_SIZE" in os.environ:
         print("note: WORLD_SIZE is set, but not all of RANK, MASTER_ADDR and MASTER_PORT: "
               "torchrun did not start this process, it works alone", file=sys.stderr)
@@ -101,14 +108,16 @@ def start(device=None, timeout=300):
 def _join(rank, world, device, timeout):
     """Wait for all processes, for 10 minutes at least, then form the group."""
     global _store
+    address = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     wait, attempt = max(timeout, 600), "0"
     # Python's handlers do not run while C++ waits: until it is done, signals just end the process.
     handlers = handle(signal.SIG_DFL)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's store outlives a restart: without keys of their own, the processes of the
-        # second attempt would read the addresses of the first one's dead processes.
-        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store outlives a restart: without keys of their own, the processes of the
+            # second attempt would read the addresses of the first one's dead processes.
+            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+            socket.create_connection(address, timeout=30).close()    # or torchrun has died already
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=wait)))
         _store = dist.PrefixStore(f"attempt {attempt}", store)
         if silent := _silent("here", rank, world, wait):
@@ -117,10 +126,10 @@ def _join(rank, world, device, timeout):
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout),
                                 store=_store, rank=rank, world_size=world, device_id=gpu)
     except (RuntimeError, ValueError, OSError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).split("\n")[0]
-        raise UserError(f"process {rank} of {world} cannot join the others at {address}: {reason}; "
-                        "are all of them started, and can they reach this address?") from None
+        raise UserError(f"process {rank} of {world} cannot join the others at {':'.join(address)}: "
+                        f"{reason}; are all of them started, and can they reach this address?"
+                        ) from None
     handle(*handlers)
 
 
@@ -282,15 +291,15 @@ def _report(error):
     # Mostly all processes meet the same mistake: torchrun ends the others when one has left, before
     # they say it too.
     time.sleep(min(1, int(os.environ.get("LOCAL_RANK", 0))))
-    if isinstance(error, Stopped):
-        if os.environ.get("RANK", "0") == "0":    # it stops all processes: one of them says so
-            print(error, file=sys.stderr)
-        return 128 + error.signum
-    if line := _explained(error):
-        print(line, file=sys.stderr)
-    else:
-        traceback.print_exception(error)
-    return 1
+    with suppress(OSError):    # the same Ctrl-C may have ended what reads stderr
+        if isinstance(error, Stopped):
+            if os.environ.get("RANK", "0") == "0":    # it stops all processes: one of them says so
+                print(error, file=sys.stderr)
+        elif line := _explained(error):
+            print(line, file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+    return 128 + error.signum if isinstance(error, Stopped) else 1
 
 
 FAULTS = {    # what the type and message of a library's error contain: what is said in its place
@@ -320,7 +329,7 @@ def _explained(error):
             return f"error: {line}"
     if isinstance(error, OSError):
         file = f"{shown(error.filename)}: " if error.filename else ""
-        return f"error: {file}{error.strerror or shown(error)}"
+        return f"error: {file}{error.strerror or shown(text.splitlines()[-1])}"
     if not (dist.is_initialized() and isinstance(error, RuntimeError)):
         return None
     rank, silent = dist.get_rank(), ""
@@ -515,6 +524,16 @@ def read_text(path, parse):
         return parse(path.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{shown(path)}: cannot be read ({shown(error)[:200]})") from None
+
+
+def read_json(path):
+    """A small JSON file; a key that stands there twice is an error."""
+    def table(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key stands there twice")
+        return dict(pairs)
+
+    return read_text(path, partial(json.loads, object_pairs_hook=table))
 
 
 def read_mask(path):
@@ -925,6 +944,8 @@ def pair(root, layout, split):
     # What the masks' stems have after their images', as in IMG_1_mask.png beside IMG_1.jpg.
     first = next(iter(masks))
     ends = ["", *(first[len(stem):] for stem in images if first.startswith(stem))]
+    if any(stem in masks for stem in images):
+        ends = [""]
     end = max(ends, key=lambda end: sum(stem + end in masks for stem in images))
     masks = {stem.removesuffix(end): path for stem, path in masks.items()}
     for files, others, wanted in ((images, masks, f"mask {layout.masks.format(split)}{end}.png"),
@@ -947,7 +968,7 @@ def read_classes(root, zero_is_class):
         lines = read_text(info, str.splitlines)[1:151]    # Idx  Ratio  Train  Val  [Stuff]  Name
         names = [line.split("\t")[-1].strip() for line in lines if line.strip()]
         return ["other"] * zero_is_class + names
-    table, names = read_text(path, json.loads), {}
+    table, names = read_json(path), {}
     if isinstance(table, dict):
         table = table.get("id2label", table)
     if isinstance(table, list):
@@ -972,7 +993,7 @@ def read_label_map(path):
     """label_map.json: {"7": 0, "8": 1, ...}, id in the masks -> class. -> {int: int}"""
     ids = {}
     with suppress(ValueError, TypeError, AttributeError):
-        ids = {int(key): value for key, value in read_text(path, json.loads).items()}
+        ids = {int(key): value for key, value in read_json(path).items()}
     if not ids or not all(type(k) is int and 0 <= k < IGNORED and 0 <= i < 2 ** 16
                           for i, k in ids.items()):
         raise UserError(f'{shown(path)}: must be {{"7": 0, "8": 1, ...}}: id in the masks (up to '
@@ -991,7 +1012,7 @@ def class_weights(dataset, source):
         counts = dataset.count_pixels()[:dataset.num_classes]
         weights = np.maximum(counts, counts[counts > 0].min()) ** -0.5
         return torch.tensor(weights * counts.sum() / (weights * counts).sum()).float()
-    table, weights = read_text(Path(source), json.loads), []
+    table, weights = read_json(Path(source)), []
     if isinstance(table, dict) and table.keys() <= set(dataset.classes):
         weights = [table.get(name, 1) for name in dataset.classes]
     if not any(weights) or not all(type(w) in (int, float) and 0 <= w < 1e6 for w in weights):

@@ -1673,9 +1673,9 @@ def test_names_files_and_label_maps_and_what_is_none(tmp_path):
     no_names = ["", "{", "7", "[]", "{}", "null", '{"0": 5.0}', '["a", 1]', '["a", ""]', '["a", " "]', '["a", "b\\nc"]',
                 '["a", "b\\u2028c"]', '{"0": "a", "00": "b"}', '{"a": 0, "b": 0}', '{"1": "a"}',
                 '{"0": ["a"]}', '{"x": "a"}', '{"4000000000": "a"}', json.dumps(["a" * 20000]), "[" * 100000,
-                '{"id2label": 7}', '{"a": 4000000000}', '{"0": null}']
+                '{"id2label": 7}', '{"a": 4000000000}', '{"0": null}', '{"0": "a", "0": "b"}']
     no_maps = ["", "[]", "{}", '{"a": 0}', '{"1": "a"}', '{"1": -1}', '{"-1": 0}', '{"1": 300}', '{"70000": 0}',
-               "[" * 100000]
+               '{"1": 0, "1": 1}', "[" * 100000]
     dataset = set_of(tmp_path, [1, 2])
     for text in map(json.dumps, good):
         for mark in ("", "\ufeff"):                                 # of the byte order
@@ -2041,6 +2041,12 @@ class Items(list):
         os.kill(os.getpid(), signal.SIGINT)
         return index
 
+def unheard():
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 2)
+    raise data.Stopped(0)
+
 def load(error=None):
     items = Items("abc")
     items.error = error
@@ -2086,8 +2092,12 @@ end(fork(lambda: torch.empty(2 ** 60)), 1, memory)
 end(fork(lambda: load(MemoryError())), 1, memory)
 end(fork(lambda: torch.nn.BatchNorm2d(2)(torch.ones(1, 2, 1, 1))), 1, "error: .*--batch-size 2.*")
 end(fork(lambda: fail(BrokenPipeError())), 141, "")
+end(fork(unheard), 143, "")
 end(fork(lambda: fail(KeyError("oops"))), 1, "(?s)Traceback.*KeyError: 'oops'")
 end(fork(lambda: data.start("cpu"), WORLD_SIZE="2", RANK="1"), 0, "note: WORLD_SIZE is set.*")
+nobody = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", TORCHELASTIC_USE_AGENT_STORE="True", WORLD_SIZE="2")
+end(fork(lambda: data.start("cpu"), **nobody, RANK="2"), 1, "error: RANK .*")
+end(fork(lambda: data.start("cpu"), **nobody, RANK="0", TORCHELASTIC_RESTART_COUNT="0"), 1, "error: .* refused; .*")
 child = fork(left_behind)
 os.close(told)
 while os.read(heard, 9):                     # until what it left behind has ended, too
