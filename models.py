@@ -693,7 +693,10 @@ def find_state(output, resume, settings):
         for name in ("best.pt", "samples.png", "last.pt"):
             if (file := path.with_name(name)).exists():
                 write_file(output / name, [file.read_bytes()])
-    write_log(output, state["rows"])
+    try:
+        write_log(output, state["rows"])
+    except TypeError:
+        raise UserError(f"{path}: its rows of the log are damaged")
     return state
 
 
@@ -871,8 +874,9 @@ def restore(checkpoint):
             name = min(theirs ^ ours, key=str)[0]
             raise TypeError(f"{name}: of another shape, or not in both")
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
         raise UserError("not the description of a model and its weights, as training writes them "
-                        f"({error}); give other weights to --pretrain, together with --model")
+                        f"({reason}); give other weights to --pretrain, together with --model")
     for name, target in targets.items():
         check_numbers(name, weights[name], target)
     model = make()

@@ -1044,13 +1044,20 @@ def test_odd_structures_cost_neither_time_nor_memory(tmp_path):
     ({"first_id": [1]}, "first_id"), ({"spec": 7}, "description"),
     ({"spec": {"num_classes": -2}}, "description"), ({"spec": {"name": ["a"]}}, "description"),
     ({"spec": {"slots": {"attn": 7}}}, "description"), ({"spec": {"num_classes": 10 ** 9}}, "description"),
-    ({"ema": [1]}, "description"), ({"model": {}}, "description"), ({"model": {7: 8}}, "description")])
+    ({"spec": {"num_classes": 10 ** 19}}, "description"), ({"ema": [1]}, "description"), ({"model": {}}, "description"),
+    ({"model": {7: 8}}, "description")])
 def test_fields_of_wrong_types_are_one_line(change, reason):
     model = models.build("segformer_b0", "cls", 2)
     checkpoint = {"spec": models.describe(model), "model": model.state_dict()}
     if isinstance(change.get("spec"), dict):
         change = {"spec": checkpoint["spec"] | change["spec"]}
     refused(lambda: models.restore(checkpoint | change), reason)
+
+
+def test_rows_of_a_wrong_type_are_one_line(tmp_path):
+    state = dict.fromkeys(("model", "optimizer", "scaler", "args", "best"), {}) | {"rows": [torch.zeros(2)]}
+    models.save_checkpoint(tmp_path / "last.pt", state)
+    refused(lambda: models.find_state(tmp_path, None, {}), "last.pt", "rows")
 
 
 def test_safetensors_are_read_and_hostile_ones_refused(tmp_path):
