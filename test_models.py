@@ -1539,6 +1539,11 @@ def test_files_without_a_partner_and_what_is_there_where_nothing_is_found(tmp_pa
         (images / name).write_text("")
     (images / "loop.jpg").symlink_to(tmp_path, target_is_directory=True)
     assert len(read()) == 2                                         # none of these is an image
+    (masks / "0.png").rename(masks / "0_x.png")
+    (masks / "1_x.png").write_text("")                              # one has its image's stem: all must have
+    refused(read, "images/training/0.jpg", "no mask", "0.png", "one of 3")
+    (masks / "1_x.png").unlink()
+    (masks / "0_x.png").rename(masks / "0.png")
     (masks / "1.png").rename(masks / "3.png")
     refused(read, "images/training/1.jpg", "no mask", "1.png")
     (images / "2.jpg").write_text("")
