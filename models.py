@@ -507,7 +507,7 @@ def write_file(path, parts):
     """Write bytes; a reader, or a crash, sees the old file or the whole new one, never a part."""
     path, part = pathlib.Path(path), pathlib.Path(f"{path}.part")
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             file.writelines(parts)
             file.flush()
@@ -578,7 +578,8 @@ def check_archive(path):
         entries = archive.infolist()
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         if packed or sum(entry.file_size for entry in entries) > os.path.getsize(path):
-            raise UserError(f"{path}: compressed or overlapping parts, as torch.save writes none")
+            raise UserError(f"{path}: compressed or overlapping parts, as TorchScript may have; "
+                            "save its state_dict() by torch.save")
         if (bad := archive.testzip()) is not None:
             raise UserError(f"{path}: damaged (check sum of {bad}); copy or download it again")
 
@@ -619,7 +620,8 @@ def read_safetensors(path):
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             first, last = entry["data_offsets"]
             shape, dtype = entry["shape"], SAFETENSORS[entry["dtype"]]
-            if not all(type(n) is int and 0 <= n <= len(raw) for n in [*shape, first, last]):
+            numbers = [*shape, first, last]
+            if len(numbers) > 32 or not all(type(n) is int and 0 <= n <= len(raw) for n in numbers):
                 raise ValueError(f"{name}: a size or offset is out of range")
             size = math.prod(shape)
             if first != end or last - first != size * dtype.itemsize or start + last > len(raw):
@@ -632,7 +634,7 @@ def read_safetensors(path):
                                                  offset=start + first).view(shape)
         if start + end != len(raw):
             raise ValueError(f"{len(raw) - start - end} bytes behind the last tensor")
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no safetensors file, or a damaged one ({error})")
     return tensors
 
@@ -1168,14 +1170,14 @@ FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's s
     Format("DEST segmentor", DEST, MMSEG_HEADS, "backbone.", DEST_SEG, **DEST_KIND),
 ]
 # Of any file, and may be left unread: heads, and what belongs to a loss
-HEADS = re.compile(r"(head|classifier|decode_head|auxiliary_head|neck|proj_head"
-                   r"|criterion\w*|loss\w*)\.")
+HEADS = re.compile(r"(head|classifier|decode_head|auxiliary_head|neck|proj_head)\.")
+LOSSES = re.compile(r"(criterion|loss)\w*\.")
 # What no forward pass reads; and norms that Swin and Next-ViT have for one of the two tasks alone
 DEAD = re.compile(r".*\.(relative_position_index|attn_mask)$|decode_head\.conv_seg\."
                   r"|(backbone\.)?(norm\d?|extra_norm_list\.3|proj_head)\.")
 # A BatchNorm's or an average's: older files lack them, and nothing here reads them
 COUNTERS = ("num_batches_tracked", "n_averaged")
-TASK_NORMS = re.compile(r"encoder\.stages\.\d\.norm\.")
+TASK_NORMS = re.compile(r"encoder\.stages\.[012]\.norm\.")
 MERGING = re.compile(r"encoder\.stages\.[123]\.embed\.")
 
 
@@ -1221,12 +1223,16 @@ def load_pretrained(model, source):
              if name.startswith(prefix)}
     found, misfits, missing = match(model, state, form)
     fresh = settle_head(model, state, found, misfits, missing)
-    if model.task == "seg" and SIZES[model.spec.size].stage_norm[1] == "seg":
+    _, tasks, in_trunk = SIZES[model.spec.size].stage_norm
+    other_head = not any(key.startswith("head.") for key in found)
+    if model.task == tasks == "seg" and other_head:     # a file that had no use for these norms
         fresh += [key for key in missing if TASK_NORMS.match(key)]
+        if form.keys and not in_trunk:                  # Swin's last norm is not its classifier's
+            fresh += [key for key in missing if key.startswith("encoder.stages.3.norm.")]
     missing = [key for key in missing if key not in fresh]
     wrong = [key for key in misfits if key not in fresh]
     left = unused(state, found | misfits)
-    foreign = [name for name in left if not HEADS.match(name)]
+    foreign = [name for name in left if not (HEADS.match(name) or LOSSES.match(name))]
     if wrong or missing or foreign:
         remedy = "give the --model and the words that it was trained with"
         if trained and trained != model.spec:
@@ -1271,10 +1277,17 @@ def read_weights(source):
 
 def read_folder(folder):
     """A hub's folder -> {name: tensor}; its weights may lie in several files."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
+    for pattern in ("model.safetensors", "pytorch_model.bin", "model-*-of-*.safetensors",
+                    "pytorch_model-*-of-*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            break
+    else:
         raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin; give a "
                         "checkpoint file or a hub directory")
+    parts = int(re.findall(r"-of-(\d+)|$", files[0].name)[0] or 1)
+    if len(files) != parts:
+        raise UserError(f"{folder}: holds {len(files)} of {parts} files of weights ("
+                        f"{files[0].name} ...); fetch the others")
     state = {}
     for file in files:
         state |= largest_table(read_checkpoint(file))
