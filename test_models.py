@@ -1072,7 +1072,7 @@ def test_safetensors_are_read_and_hostile_ones_refused(tmp_path):
             (second(data_offsets=[0, 16]), "overlap"), (second(data_offsets=[20, 36]), "overlap"),    # a hole
             (second(data_offsets=[16, 10 ** 12]), "out of range"), (second(data_offsets=[-4, 12]), "out of range"),
             (second(shape=[5]), "fit"), (second(shape=[2 ** 40, 2 ** 40]), "out of range"),
-            (second(shape=[True, 4]), "out of range"),
+            (second(shape=[True, 4]), "out of range"), (second(shape=[4] + [1] * 40), "out of range"),
             (second(dtype="F128"), "F128"), (whole[:-1], "fit"), (whole + b"x", "behind"), (whole[:5], "claims"),
             (b"", "claims"), (length(2 ** 31) + whole[8:], "claims a header"), (length(20) + b"{" * 60, "Expecting"),
             (whole.replace(b'"b"', b'"a"'), "hole"), (length(10 ** 6) + b'{"a":' * 200_000, "recursion"),
@@ -1102,9 +1102,12 @@ def test_hugging_face_directories(tmp_path, file):
         torch.save(state, tmp_path / file)
     elif file.endswith("safetensors"):
         (tmp_path / file).write_bytes(safetensors_bytes(state))
-    else:                                                                               # in two files
-        for i in (0, 1):
-            (tmp_path / f"part{i}.safetensors").write_bytes(safetensors_bytes(dict([*state.items()][i::2])))
+    else:                                                   # in two files, the second with the whole head
+        for i in (1, 2):
+            part = {k: v for k, v in state.items() if k.startswith("decode_head.") == (i == 2)}
+            refused(lambda: models.load_pretrained(model, tmp_path), "holds")
+            (tmp_path / f"model-0000{i}-of-00002.safetensors").write_bytes(safetensors_bytes(part))
+    (tmp_path / "optimizer.safetensors").write_bytes(safetensors_bytes({"a": torch.zeros(1)}))      # is no weight
     report = models.load_pretrained(model, tmp_path)
     assert report.format == "Hugging Face SegFormer"
     assert len(report.loaded) == len(model.state_dict()) and not report.fresh
@@ -1114,6 +1117,9 @@ def test_hugging_face_directories(tmp_path, file):
 
 def test_nothing_is_loaded_silently(tmp_path):
     donor, path = models.build("segformer_b0", num_classes=5), tmp_path / "donor.pt"
+    partly = donor.state_dict() | {"criterion.weight": torch.ones(5)}                   # a loss is no other head
+    del partly["head.fuse.norm.weight"]
+    refused(lambda: models.load_pretrained(donor, partly), "missing: 1 (head.fuse.norm.weight)")
     models.save_checkpoint(path, {"spec": models.describe(donor), "model": donor.state_dict(), "ema": None})
     report = models.load_pretrained(models.build("segformer_b0", num_classes=7), path)  # another class count
     assert report.fresh == ["head.classifier.weight", "head.classifier.bias"] and not report.missing
@@ -1264,6 +1270,11 @@ def test_families_equal_their_libraries(case, monkeypatch):
     assert not for_seg.missing
     assert {k.rsplit(".", 1)[0] for k in for_seg.fresh if not k.startswith("head.")} == {
         f"encoder.stages.{i}.norm" for i in range(own_norms)}
+    if own_norms:                                       # but never of a file that has been for segmentation
+        state = models.build(name, "seg", 5).state_dict()
+        for i in range(4):
+            rest = {k: v for k, v in state.items() if not k.startswith(f"encoder.stages.{i}.norm.")}
+            refused(lambda: models.load_pretrained(models.build(name, "seg", 5), rest), f"stages.{i}.norm")
 
 
 @pytest.mark.parametrize("task", models.CLASSES)
