@@ -507,7 +507,7 @@ def write_file(path, parts):
     """Write bytes; a reader, or a crash, sees the old file or the whole new one, never a part."""
     path, part = pathlib.Path(path), pathlib.Path(f"{path}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         with open(part, "wb") as file:
             file.writelines(parts)
             file.flush()
