@@ -2,9 +2,9 @@
 
     python data.py PATH [--zero-is-class] [--out sheet.png]
 
-checks a data set before hours are spent on it: images, sizes, classes and their share of the
-pixels, every unreadable or mismatched file by name (exit status 1 if there is one), and a contact
-sheet. Without PATH it shows the embedded `Shapes`.
+checks a folder of images and masks before hours are spent on it: sizes, classes and their share of
+the pixels, every unreadable or mismatched file by name (exit status 1 if there is one), and a
+contact sheet. Without PATH it shows the embedded `Shapes`.
 
 Conventions. Images are RGB; labels are 0..K-1, and 255 is ignored. Augmentation is a pure function
 of (seed, epoch, view, index): it does not depend on the number of workers, on the order of requests

@@ -143,6 +143,7 @@ def sliding(model, images, crop, stride):
     batch, _, height, width = images.shape
     bottom, right = max(height - crop, 0), max(width - crop, 0)     # the last begin there
     total = images.new_zeros(batch, model.num_classes, height, width)
+    total = total.contiguous(memory_format=torch.channels_last)     # as the logits are
     times = images.new_zeros(height, width)
     for y in [*range(0, bottom, stride), bottom]:
         for x in [*range(0, right, stride), right]:
