@@ -1,6 +1,7 @@
 """The catalogue: attention, feed-forward, embedding, skip and decoder blocks, and the loss.
 
-Letters: B images, C channels, H x W grid, N = H*W queries, M keys, h heads, d = C/h, K classes.
+Letters: B images, C channels, H x W grid, N = H*W queries, M keys, h heads, d = C/h, K classes,
+R the reduction. In heads: C_i channels and N_i pixels of map i (1: stride 4), E the head's width.
 Every feature map is (B, C, H, W). Models and images are put in channels_last memory once, so a map
 already lies in memory as (B, H, W, C): `tokens(x)` and 1x1 convolutions read it without a copy.
 
@@ -22,9 +23,10 @@ What the mixers cost for N pixels, and by what they avoid N² products:
     sra, emhsa, dest   quadratic  M = N/R² keys, a cell or a run of pixels each. R is fixed by the
                                   row, so M grows with the image and N M stays N²/R².
     lsra               linear     49 keys, whatever the image: means of a 7x7 division of the map
-    ea                 linear     all pixels are keys, but K V is multiplied first: a matrix of
-                                  channels x channels, whatever N is
-    lsrea              linear     both of these, in 64 and 32 channels
+    ea                 linear     all pixels are keys, but Kᵀ V is multiplied first: a matrix of 64
+                                  x 32 channels, whatever N is
+    lsrea              linear     ea with lsra's 49 keys: its layers for keys and values act on
+                                  49 pixels only
     window, mixer      linear     a pixel sees the 49 of its 7x7 window alone
     msca, mhca         linear     convolutions: a pixel sees its neighbours
 
@@ -63,7 +65,7 @@ def heads_first(x, heads):
 def fill(x, size):
     """Zeros to the right and below, until `size` divides both sides of the map (B, C, H, W)."""
     bottom, right = ((side + size - 1) // size * size - side for side in x.shape[2:])
-    if torch.compiler.is_compiling() or bottom or right:        # an exported graph knows no sizes
+    if torch.compiler.is_compiling() or bottom or right:        # exported: sizes are unknown
         x = F.pad(x, (0, right, 0, bottom))
     return x
 
@@ -95,7 +97,7 @@ def roll(x, shift):
 
 
 def full_precision(x):
-    """A context without autocast on the device of x; "meta" is none that autocast knows."""
+    """A context without autocast on the device of x; autocast knows no "meta": "cpu" stands in."""
     return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
 
 
@@ -184,8 +186,8 @@ def resize(x, size):
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
-# Of an up-sampled map held at once: elements (a CPU's cache; enough for a GPU to do), and rows (the
-# more rows, the more zeros in the matrix that interpolates them).
+# At most this much of an up-sampled map is held at once: elements (they fit into a CPU's cache, or
+# keep a GPU busy), and rows (a matrix interpolates them: the more rows, the more zeros in it).
 STRIP = {"cpu": (2 ** 20, 16), "cuda": (2 ** 26, 256)}
 
 
@@ -381,7 +383,7 @@ class PooledKeys(nn.Module):
 
     def __init__(self, dim, heads, reduction, index=0):
         super().__init__(dim, heads, 1)
-        self.sr = nn.Conv2d(dim, dim, 1)                            # drawn as a convolution is
+        self.sr = nn.Conv2d(dim, dim, 1)                            # not Pointwise: its init
         self.norm = LayerNorm2d(dim)
 
     def reduce(self, x):
@@ -438,7 +440,7 @@ class SimplifiedAttention(nn.Module):
     def forward(self, x):
         q = heads_first(tokens(self.q(x)), self.heads)              # (B, h, N, d)
         k = heads_first(tokens(self.k(self.sr(x))), self.heads)     # (B, h, M, d)
-        q = q * q.shape[-1] ** -0.5                                 # before: fits float16 so
+        q = q * q.shape[-1] ** -0.5                                 # now: no overflow in float16
         fit = self.matmul(q, k.mT).amax(-1).sum(1)                  # (B, N)
         # Wo (fit · mean) + bo = fit · (Wo mean) + bo: proj is never called on the map; its weight
         # meets the mean, its bias is added where the outer product is formed.
@@ -639,7 +641,7 @@ class MixFFN(nn.Module):
 
 
 class MixReLUFFN(MixFFN):
-    """MixFFN with a ReLU after fc1: so PVTv2's linear models in their code, not in the paper."""
+    """MixFFN with a ReLU after fc1, as PVTv2's code has it for linear SRA (the paper does not)."""
     def forward(self, x):
         return self.fc2(F.gelu(self.dwconv(F.relu(self.fc1(x)))))
 
@@ -837,9 +839,9 @@ class MlpHead(nn.Module):
     """SegFormer's all-MLP decoder (§3.2, Eq. 4), computed by the identity of UpsampledSum.
     Z = ReLU(BN(F cat(up(W4 x4 + b4), .., W1 x1 + b1)));  logits = V dropout2d(Z) + v, at stride 4
     The released code drops whole channels (Dropout2d) and names the levels deepest first, as here.
-    Of SegFormer-B2's 62.338 GMAC at 512² as the paper draws it (mlp_concat), 42.1 are this decoder
-    and 38.7 of them F on the up-sampled concatenation; here they are 3.4 + 0.6 for the merge, in
-    all 24.287, and 23.683 after models.fuse has merged once and for all."""
+    Of SegFormer-B2's 62.338 GMAC at 512² as the paper draws it (mlp_concat), 42.10 are this
+    decoder, 38.65 of them F on the up-sampled concatenation. Here the decoder takes 4.05, 0.60 of
+    them to merge F with the W_i, which models.fuse does once: 24.287 in all, 23.683 fused."""
     uses, width = (0, 1, 2, 3), None
 
     def __init__(self, dims, num_classes, width, rank=None):
@@ -852,7 +854,7 @@ class MlpHead(nn.Module):
 
     def forward(self, maps):
         x = self.dropout(self.fuse.norm(self.mix(maps)))
-        return self.classifier(self.fuse.act(x))        # a scale passes ReLU: one map less to keep
+        return self.classifier(self.fuse.act(x))        # dropout may go first: a map less to keep
 
     def mix(self, maps):
         return self.sum(self.fuse.conv, maps[::-1], self.projections[::-1])
@@ -902,8 +904,8 @@ class MergedMlpHead(nn.Module):
 
 class NMF(nn.Module):
     """Global context by a low-rank model of the map ("Hamburger", arXiv 2109.04553 §2.2).
-    X ≈ C Dᵀ with C, D >= 0: X (N, d) has a pixel a row, C (N, R) are its codes, D (d, R) the bases.
-    D random with columns of length 1;  C = softmax(X D);  K times
+    X ≈ C Dᵀ, all >= 0: X (N, d) has a pixel of d channels a row, C (N, R) are its codes, D (d, R)
+    the R bases. D random with columns of length 1;  C = softmax(X D);  K times
         C ← C ⊙ X D / (C DᵀD + ε);  D ← D ⊙ XᵀC / (D CᵀC + ε)
     then C once more, and C Dᵀ is the output. steps = (K in training, K at evaluation).
     one_step: the K updates are constants to the backward pass (its "one-step gradient", as in the
@@ -1249,9 +1251,8 @@ class UpsampledCrossEntropy(nn.Module):
     """Cross entropy of bilinearly up-sampled logits, without the up-sampled logits.
     Equals F.cross_entropy(F.interpolate(logits, labels.shape[1:], mode="bilinear"), labels, weight,
     ignore_index=...), a mean over the labelled pixels, each with its class's weight (K,); value and
-    gradient are computed strip by strip in O(strip) memory. The logits come to the labels and not
-    the labels to the logits: between two classes there is no third, and nearest labels lose what is
-    thin."""
+    gradient are computed strip by strip in O(strip) memory. The logits are enlarged rather than the
+    labels reduced: ids have no mean, and taking the nearest loses thin objects."""
     def __init__(self, ignore_index=255, weight=None):
         super().__init__()
         self.ignore_index = ignore_index

@@ -5,10 +5,10 @@
     model = models.build("segformer_b2", attn="lsra", ffn="dest", head="light_ham")
     model = models.load("best.pt")                          # ready to infer, see eval.predict
 
-A model is a row of SIZES plus one word for each slot (layers.py has the dicts of words), or four:
-attn="lsra,lsra,sra,sra". The first half of this file is the model: tables, skeleton, build,
-parameter groups, fuse. The second is its files: checkpoints, a run's folder. The appendix, public
-weights, holds the names that other projects give to the same tensors.
+A model is a row of SIZES and one word for each slot (layers.py has the dicts of words), or four
+words, one a stage: attn="lsra,lsra,sra,sra". The first half of this file is the model: tables,
+skeleton, build, parameter groups, fuse. The second is its files: checkpoints, a run's folder. The
+appendix, public weights, holds the names that other projects give to the same tensors.
 """
 import argparse
 import contextlib
@@ -56,11 +56,11 @@ class Size:
     rank: int = 64                          # bases of an NMF head
     drop_path: tuple = (0.1, 0.1)           # (cls, seg), rising linearly over the blocks
     eps: float = 1e-6                       # LayerNorms of blocks and stages; all others: 1e-5
-    # Of the norm that ends a stage: its class, the tasks that have it at each stage, whether the
-    # next stage sees the normed map. Where it is for "seg", a classifier has one alone, at its end.
+    # The norm that ends a stage: its class; the tasks that have it ("both" or "seg": a classifier
+    # then has one after the last stage only); whether the next stage gets the normed map.
     stage_norm: tuple = (NORM["ln"], "both", True)
     init: tuple = (0.02, "fan_out")         # linear layers, other convolutions: see init_encoder
-    groups: tuple | None = None             # Next-ViT: an NTB ends each so many; 0: none
+    groups: tuple | None = None             # Next-ViT: every n-th block is an NTB; 0: none
 
 
 # The widths of MiT-B0 and of B1 to B5; what the rows of a family share
@@ -151,7 +151,8 @@ class Spec:
         return "-".join([self.name, *self.spelt("{}={}", "+")])
 
 
-# ffn, norm and skip name what Next-ViT's stages have of their own; stage 1 has no attention
+# Next-ViT's blocks, NCB and NTB, fix ffn, norm and skip: the words only say what they have. Stage 1
+# has no attention.
 NEXT = dict(embed="next", attn="emhsa", ffn="mlp", norm="bn")
 SEGNEXT = dict(embed="conv", attn="msca", norm="bn", skip="scaled", head="ham")
 SWIN_WORDS = dict(embed="patch", attn="window", ffn="mlp", head="fpn")
@@ -183,7 +184,7 @@ MODELS = {spec.name: spec for spec in [
     Spec("lite_hybrid", "lite_hybrid", **NEXT),
     Spec("lite_final", "lite_1221", attn="lsra_noproj", ffn="dest", head="light_ham"),
 
-    # Composed from README's table: the four words that raise SegFormer-B0's mIoU there.
+    # Composed from README's table: four words that raised SegFormer-B0's mIoU there.
     Spec("lite_best", "mit_b0", embed="conv", attn="msca", ffn="dest", norm="bn"),
 ]}
 
@@ -364,7 +365,7 @@ def make_spec(name, **slots):
 
 
 def head_width(spec):
-    """Width of the decoder: the row's, where the row is about this head, else the head's usual."""
+    """Width of the decoder: the Spec's, if the head is the row's own, else the head's usual one."""
     if HEAD[spec.head].width is None:       # the all-MLP decoder
         return SIZES[spec.size].width
     if spec.decoder and spec.head == MODELS[spec.name].head:
@@ -373,7 +374,7 @@ def head_width(spec):
 
 
 def smallest_image(spec):
-    """Smallest side in pixels: each grid, 1/4 to 1/32 of it rounded up, holds its reduction."""
+    """Smallest side in pixels: at strides 4 to 32, rounded up, no grid is smaller than R x R."""
     size, smallest = SIZES[spec.size], 1
     for i, (word, reduction) in enumerate(zip(spec.words("attn"), size.reductions)):
         attends = size.groups is None or size.groups[i]
@@ -458,7 +459,7 @@ share = bounded(float, lambda v: 0 <= v < 1, "must be a number, at least 0 and b
 
 def no_effect(args, when, why, names):
     """A flag that would change nothing is an error: its user believes that it does. args.defaults:
-    {name: value} of all flags; names: those without effect where `when` holds, with blanks."""
+    {name: value} of all flags; names: those without effect where `when` holds, between blanks."""
     given = ["--" + name.replace("_", "-") for name in names.split()
              if when and getattr(args, name) != args.defaults[name]]
     if given:

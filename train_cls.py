@@ -258,7 +258,7 @@ def main(argv=None):
         losses, seconds = [], 0.0
 
         # Write the files: best.pt before last.pt, which closes the epoch, and then what is only
-        # looked at. An epoch that is cut short before is validated again, with the same bits.
+        # looked at. A run that ends before this is validated again, with the same bits.
         with data.STOP.postponed():
             if rank == 0 and improved:
                 models.save_checkpoint(output / "best.pt", checkpoint())

@@ -36,7 +36,7 @@ def arguments(argv=None):
         "(default: the crop)", type=models.positive_int, metavar="SIDE")
     add("--class-weights", "of the loss: 'balanced', the inverse square root of a class's share of "
         "the pixels, or a JSON file {class: weight}", metavar="FILE")
-    add("--head-lr", "the head's learning rate / the encoder's", type=models.positive)
+    add("--head-lr", "the head learns this many times as fast as the encoder", type=models.positive)
     add("--power", "of the schedule", type=models.positive, default=1.0)
     add("--min-lr", "where the schedule ends", type=models.non_negative, default=0.0)
     return parser.parse_args(argv)
@@ -266,7 +266,7 @@ def main(argv=None):
         losses, seconds = [], 0.0
 
         # Write the files: best.pt before last.pt, which closes the epoch, and then what is only
-        # looked at. An epoch that is cut short before is validated again, with the same bits.
+        # looked at. A run that ends before this is validated again, with the same bits.
         with data.STOP.postponed():
             if rank == 0 and improved:
                 models.save_checkpoint(output / "best.pt", checkpoint())
