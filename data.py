@@ -412,10 +412,7 @@ def set_epoch(loader, epoch, start=0):
 
 def take(batches, count, device):
     """The next `count` batches, on their way to the device. -> list of lists of tensors"""
-    taken = []
-    for _ in range(count):
-        taken.append([part.to(device, non_blocking=True) for part in next(batches)])
-    return taken
+    return [[part.to(device, non_blocking=True) for part in next(batches)] for _ in range(count)]
 
 
 class Lines:
@@ -543,6 +540,7 @@ def read_mask(path):
                 or image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")):
             raise UserError(f"{shown(path)}: stored as {image.format}, which may change the ids of "
                             "a mask; export the masks again, as PNG")
+        refuse_turned(path, image)
         mode, stored = image.mode, str([tile[3] for tile in image.tile])
         mask = np.array(image)
     if mode == "RGB" and ";16" not in stored and (mask == mask[..., :1]).all():
@@ -561,6 +559,13 @@ def read_mask(path):
     return mask
 
 
+def refuse_turned(path, image):
+    """Pillow turns a TIFF, and nothing else, as its header says: off its partner's pixels."""
+    if getattr(image, "tag_v2", {}).get(274, 1) != 1:
+        raise UserError(f"{shown(path)}: its header turns or mirrors it; save it as it is seen, "
+                        "without an orientation")
+
+
 def contents(folder):
     """What a folder holds, for a message; of one that does not exist, what its parent does."""
     while not folder.is_dir() and folder != folder.parent:
@@ -572,25 +577,31 @@ def contents(folder):
     return f"{shown(folder)} holds {', '.join(names) or 'nothing'}"
 
 
-def scan(folder, suffixes, end=""):
-    """Files of some suffixes, by what their names are before `end`, below a folder.
+def scan(folder, suffixes, end="", twins=False):
+    """Files of some suffixes, by what their names are before `end`, below a folder, links followed.
 
     -> {stem: path}, sorted, where a stem has its sub-folders before it and a letter with an accent
     is one character (a Mac writes two). Hidden files are skipped; two of one stem are an error.
+    twins: -> {name: path}, and they are none.
     """
     def fail(error):
         raise error
 
     if not os.path.isdir(folder):
         raise UserError(f"{shown(folder)}: no such folder; {contents(folder)}")
-    found = {}
-    names = [os.path.relpath(os.path.join(place, name), folder)
-             for place, _, files in os.walk(folder, onerror=fail) for name in files]
+    found, names, top = {}, [], Path(folder).resolve()
+    seen = {top, *top.parents}    # a link to one of them would lead round and round
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        names += [os.path.relpath(os.path.join(place, name), folder) for name in files]
+        real = {name: Path(place, name).resolve() for name in folders}
+        folders[:] = [name for name in folders if real[name] not in seen]
+        seen.update(real.values())
     for name in sorted(names):
         stem, suffix = os.path.splitext(name)
         if suffix.lower() not in suffixes or not stem.endswith(end) or "/." in "/" + name:
             continue
         stem, path = unicodedata.normalize("NFC", stem.removesuffix(end)), Path(folder, name)
+        stem = name if twins else stem
         if stem in found:
             raise UserError(f"{shown(path)}: has the same stem as {shown(found[stem].name)}; "
                             "remove one of them")
@@ -797,9 +808,7 @@ class FolderSegmentation(EpochDataset):
 
     def _set_labels(self, layout, zero_is_class, classes):
         """The classes, and the label of each id in a mask."""
-        if (path := self.root / "label_map.json").exists():
-            layout = layout._replace(ids=read_label_map(path), classes=())
-        self.ids = ids = layout.ids
+        self.ids = ids = label_ids(self.root, self.layout)
         if ids and zero_is_class:
             raise UserError(f"--zero-is-class: {shown(self.root)} has a label map, which says the "
                             "class of id 0 as well; leave the flag out")
@@ -810,7 +819,8 @@ class FolderSegmentation(EpochDataset):
         else:
             self.first_id = 1
             self.rule = "id k of a mask is class k-1, 0 and 255 are ignored"
-        names = classes or read_classes(self.root, zero_is_class) or list(layout.classes)
+        names = (classes or read_classes(self.root, zero_is_class)
+                 or list(layout.classes if ids == layout.ids else ()))
         if ids:
             last = max(ids.values())
         elif not names:
@@ -840,7 +850,7 @@ class FolderSegmentation(EpochDataset):
         path, mask_path = self.paths[index]
         labels = self.labels(mask_path)
         with opened(path) as image:
-            require_size(path, image.size, mask_path, labels.shape[::-1])
+            check_pair(path, image, mask_path, labels.shape[::-1])
             if self.crop:
                 return training_view(image, labels, self.crop, rng, base=self.scale_base)
             pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -882,7 +892,7 @@ class FolderSegmentation(EpochDataset):
         if counts is None:
             for path, mask_path in self.paths if self.split == "val" else ():
                 with opened(path) as image, opened(mask_path, any_depth=True) as mask:
-                    require_size(path, image.size, mask_path, mask.size)
+                    check_pair(path, image, mask_path, mask.size)
             for number in (min(limit, len(self)), len(self)):    # some may lack a rare class
                 counts, where = self.count_pixels(number), f" in {number} masks"
                 if np.count_nonzero(counts[:IGNORED]) > 1:
@@ -892,16 +902,18 @@ class FolderSegmentation(EpochDataset):
         missing = [name for name, count in zip(names, counts) if not count]
         if len(seen) < (2 if self.split == "train" else 1):
             found = f"only '{seen[0]}'" if seen else "no class"
+            advice = "correct the map" if self.ids else (
+                "--zero-is-class makes a class of id 0, and masks of 0 and 255 need a "
+                'label_map.json {"0": 0, "255": 1}')
             raise UserError(f"{shown(self.root)}: {found} is in the masks of {self.split} "
-                            f"({self.rule}); --zero-is-class makes a class of id 0, and masks of 0 "
-                            'and 255 need a label_map.json {"0": 0, "255": 1}')
+                            f"({self.rule}); {advice}")
         notes = []
         if (share := counts[IGNORED] / counts.sum()) > 0.5:
             notes.append(f"{100 * share:.0f} % of the pixels{where} are ignored")
         if missing:
             notes.append(f"{len(missing)} of {self.num_classes} classes do not occur{where}: "
                          + ", ".join(missing[:5]))
-        if missing and names[0] == "class 0":
+        if missing and names[0] == "class 0" and not self.ids:
             notes.append("the ids in the masks skip; a label_map.json {id: class} makes them dense")
         if self.first_id and names[-1] in missing and UNNAMED.fullmatch(names[0]):
             notes.append(f"the last class does not occur, and the first is '{names[0]}': if it is "
@@ -909,10 +921,11 @@ class FolderSegmentation(EpochDataset):
         return [f"{self.split}: {note}" for note in notes]
 
 
-def require_size(path, size, mask_path, mask_size):
-    if size != mask_size:
+def check_pair(path, image, mask_path, mask_size):
+    refuse_turned(path, image)
+    if image.size != mask_size:
         raise UserError(f"{shown(mask_path)}: the mask is {mask_size[0]}x{mask_size[1]}, its image "
-                        f"{shown(path)} is {size[0]}x{size[1]}; they must be equal")
+                        f"{shown(path)} is {image.width}x{image.height}; they must be equal")
 
 
 def find_layout(root):
@@ -989,9 +1002,11 @@ def read_classes(root, zero_is_class):
     return [names[k].strip() for k in range(len(names))]
 
 
-def read_label_map(path):
-    """label_map.json: {"7": 0, "8": 1, ...}, id in the masks -> class. -> {int: int}"""
-    ids = {}
+def label_ids(root, layout):
+    """{id in the masks: class} of label_map.json, {"7": 0, "8": 1, ...}, else the layout's."""
+    path, ids = root / "label_map.json", {}
+    if not path.exists():
+        return LAYOUTS[layout].ids
     with suppress(ValueError, TypeError, AttributeError):
         ids = {int(key): value for key, value in read_json(path).items()}
     if not ids or not all(type(k) is int and 0 <= k < IGNORED and 0 <= i < 2 ** 16
@@ -1173,9 +1188,7 @@ class TinyImageNet(EpochDataset):
         self.num_classes = len(self.classes)
         if split != "train":
             files = validation_files(self.root / "val", self.classes)
-        self.paths = []
-        for label, name in enumerate(self.classes):
-            self.paths += [(path, label) for path in files[name]]
+        self.paths = [(path, k) for k, name in enumerate(self.classes) for path in files[name]]
         train = split == "train" if train is None else train
         bicubic = {"interpolation": v2.InterpolationMode.BICUBIC}
         steps = [v2.Resize(int(image_size / 0.875), **bicubic), v2.CenterCrop(image_size)]
@@ -1211,7 +1224,7 @@ class TinyImageNet(EpochDataset):
 def class_folders(folder):
     """{class: [paths]} of FOLDER/CLASS/*.jpg, or in sub-folders of CLASS, sorted by class."""
     places = sorted(folder.iterdir()) if folder.is_dir() else []
-    files = {place.name: list(scan(place, IMAGE_FILES).values()) for place in places
+    files = {place.name: list(scan(place, IMAGE_FILES, twins=True).values()) for place in places
              if place.is_dir() and not place.name.startswith(".")}
     if not files or set(files) == {"images", "masks"}:    # those are of segmentation
         raise UserError(f"{shown(folder)}: no class folders here; {contents(folder)}")

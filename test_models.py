@@ -1551,7 +1551,11 @@ def test_files_without_a_partner_and_what_is_there_where_nothing_is_found(tmp_pa
     for name in (".hidden.jpg", "Thumbs.db", "notes.txt"):
         (images / name).write_text("")
     (images / "loop.jpg").symlink_to(tmp_path, target_is_directory=True)
-    assert len(read()) == 2                                         # none of these is an image
+    for folder in (images, masks):
+        (folder / "more").symlink_to(tmp_path / folder.parent.name / "validation")
+    assert len(read()) == 4                                         # none of these is an image; links are followed
+    for folder in (images, masks):
+        (folder / "more").unlink()
     (masks / "0.png").rename(masks / "0_x.png")
     (masks / "1_x.png").write_text("")                              # one has its image's stem: all must have
     refused(read, "images/training/0.jpg", "no mask", "0.png", "one of 3")
@@ -1616,6 +1620,13 @@ def test_an_exif_rotation_is_ignored(tmp_path):
         Image.fromarray(smooth_image(8, 40)).save(path, exif=exif)
         read.append(dataset()[0][0])
     assert Image.open(path).getexif()[0x0112] == 3 and torch.equal(*read)
+    mask = tmp_path / "annotations/training/0.png"                  # Pillow turns TIFFs, unasked
+    for old, new in ((path, path.with_suffix(".tif")), (mask, mask.with_suffix(".tif"))):
+        Image.open(old).save(new, tiffinfo={274: 3})
+        old.unlink()
+        refused(lambda: dataset()[0], new, "turns")
+        Image.open(new).save(old, "PNG")
+        new.unlink()
 
 
 def packed(ids, bits):
@@ -1742,6 +1753,8 @@ def test_a_label_map_goes_before_the_rule(tmp_path):
     assert dataset()[0][1][0, :4].tolist() == [0, 0, 255, 255]
     (tmp_path / "label_map.json").write_text('{"0": 2}')
     refused(dataset, "2", "2 classes")
+    (tmp_path / "label_map.json").write_text('{"9": 1}')
+    refused(lambda: dataset().check(), "no class", "correct the map")
 
 
 def test_masks_named_after_their_images(tmp_path):
@@ -2205,6 +2218,8 @@ def test_restructured_validation_and_image_folders(tmp_path):
     for folder in (root / "train").glob("*/images"):
         folder.rmdir()
     assert len(read("train")) == 9
+    shutil.copy(root / "train/n01/n01_1.JPEG", root / "train/n01/n01_1.png")
+    assert len(read("train")) == 10                                 # of one stem: here nothing is paired
     (root / "val/n02").rename(root / "val/n09")                     # never a silent shift of the classes behind it
     refused(lambda: read("val"), "val", "n02", "same classes")
     (root / "val/n02").mkdir()
