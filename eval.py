@@ -181,10 +181,13 @@ def predict(model, image, size=None, **protocol):
     image: PIL image (ImageOps.exif_transpose turns a photograph upright) or uint8 (3, H, W); uint8
     (B, 3, H, W) gives (B, H, W). protocol: the keywords of `segment`; short_side is the model's
     .size by default, which models.load sets. Errors: UserError."""
-    if isinstance(image, Image.Image):
+    if model.training or model.task != "seg":
+        raise UserError("predict takes a model for segmentation, in evaluation mode: model.eval()")
+    if isinstance(image, Image.Image) and image.mode[0] not in "IF":    # 16 bits would be clipped
         image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    if image.dtype != torch.uint8 or image.shape[-3] != 3:
-        raise UserError("predict takes a PIL image, or a uint8 tensor (3, H, W) or (B, 3, H, W)")
+    if getattr(image, "dtype", None) != torch.uint8 or image.shape[-3] != 3:
+        raise UserError("predict takes a PIL image of 8 bits, or a uint8 tensor (3, H, W) or "
+                        "(B, 3, H, W)")
     protocol.setdefault("short_side", getattr(model, "size", None))
     batch = image.to(next(model.parameters()).device).reshape(-1, *image.shape[-3:])
     _, classes, finite = segment(model, batch, size or image.shape[-2:], **protocol)

@@ -2431,7 +2431,10 @@ def test_predict_takes_pictures(small_model, monkeypatch):
     assert expected.shape == (33, 91)
     assert torch.equal(eval.predict(small_model, Image.fromarray(pixels.permute(1, 2, 0).numpy())), expected)
     assert torch.equal(eval.predict(small_model, pixels[None].repeat(2, 1, 1, 1)), expected[None].repeat(2, 1, 1))
-    refused(lambda: eval.predict(small_model, pixels.float()), "uint8")
+    for image in (pixels.float(), pixels.numpy(), Image.fromarray(np.full((40, 40), 999, np.uint16)), "photo.jpg"):
+        refused(lambda: eval.predict(small_model, image), "uint8", "8 bits")
+    for model in (models.build("segformer_b0"), models.build("segformer_b0", "cls").eval()):
+        refused(lambda: eval.predict(model, pixels), "segmentation", "model.eval()")
 
 
 def test_protocol_against_the_plain_computation():
