@@ -267,14 +267,16 @@ def picture_files(source, folder):
     """What --images names, also in sub-folders -> {path from there, no suffix: path}, in order."""
     if not source.exists():
         raise UserError(f"--images {data.shown(source)}: no such file or folder")
-    if folder.resolve() == (source if source.is_dir() else source.parent).resolve():
+    place, target = (source if source.is_dir() else source.parent).resolve(), folder.resolve()
+    files = data.scan(source, data.IMAGE_FILES) if source.is_dir() else {source.stem: source}
+    inside = [name for name, path in files.items()
+              if place in target.parents and target in path.resolve().parents]
+    there = [files.pop(name) for name in inside] + [folder / f"{name}.png" for name in files]
+    # What an earlier call drew has an overlay beside it.
+    beside = [path.with_name(path.stem.removesuffix("_overlay") + "_overlay.png") for path in there]
+    if place == target or any(path.exists() > other.exists() for path, other in zip(there, beside)):
         raise UserError(f"--save-dir {data.shown(folder)}: the images here could be overwritten; "
                         "choose another folder")
-    if not source.is_dir():
-        return {source.stem: source}
-    found = data.scan(source, data.IMAGE_FILES)
-    files = {name: path for name, path in found.items()         # but not what an earlier call drew
-             if folder.resolve() not in path.resolve().parents}
     if not files:
         raise UserError(f"--images {data.shown(source)}: no images in this folder")
     return files
@@ -317,13 +319,13 @@ def draw(model, pixels, classes, target):
     """TARGET.png: the ids of classes (H, W) as a mask stores them, in the classes' colours.
     TARGET_overlay.png: the image (H, W, 3) under the colours, and a legend."""
     colors = data.distinct_colors(model.num_classes) if model.colors is None else model.colors
-    label = Image.fromarray((classes + model.first_id).astype(np.uint8))
-    label.putpalette(bytes(3 * model.first_id) + colors.tobytes())
-    label.save(f"{target}.png")
     seen = np.unique(classes)
     overlay = pixels // 2 + data.colorize(classes, colors) // 2
     data.contact_sheet([[overlay]], f"{target}_overlay.png", (), [model.classes[k] for k in seen],
                        colors[seen], max(overlay.shape))
+    label = Image.fromarray((classes + model.first_id).astype(np.uint8))
+    label.putpalette(bytes(3 * model.first_id) + colors.tobytes())
+    label.save(f"{target}.png")         # last: `picture_files` knows it by its overlay
 
 
 # ---- python eval.py ------------------------------------------------------------------------------

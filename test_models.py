@@ -2533,6 +2533,15 @@ def test_eval_mistakes_are_one_line(street, tmp_path):
             (f"{draw} --save-dir {tmp_path}/drawn", ["a.jpg", "1 of 2 files could not be drawn"])):
         refused(lambda: eval.main(call.split()), *words)
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"b.png", "b_overlay.png"}
+    own = tmp_path / "sub/b.png"                                    # outputs must not replace what nobody drew
+    own.parent.mkdir()
+    Image.new("RGB", (50, 40)).save(own)
+    for source in (tmp_path, tmp_path / "b.jpg"):
+        refused(lambda: eval.main(f"{load} --images {source} --save-dir {own.parent}".split()), "overwritten")
+    (own.parent / "in").mkdir()
+    own.rename(own.parent / "in/c.png")
+    eval.main(f"{load} --images {own.parent}/in --save-dir {own.parent}".split())
+    assert {path.name for path in own.parent.iterdir()} == {"in", "c.png", "c_overlay.png"}
     for call, flags in ((measure, ("--task cls", "--num-classes 4", "--head fpn", "--probabilities", "--save-dir x")),
                         (draw, ("--json x", "--split train", "--batch-size 2", "--workers 0", "--zero-is-class"))):
         for flag in flags:
