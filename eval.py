@@ -100,21 +100,13 @@ class ConfusionMatrix:
         return {"IoU": hits / (labelled + predicted - hits), "Acc": hits / labelled,
                 "precision": hits / predicted, "F1": 2 * hits / (labelled + predicted)}
 
-    def iou(self):
-        """Intersection over union (K,), nan for a class in neither labels nor predictions."""
-        return self.figures()["IoU"]
-
-    def accuracy(self):
-        """Share of each class's pixels that are found (K,), nan for a class that no label has."""
-        return self.figures()["Acc"]
-
     def summary(self):
         """{"aAcc", "mIoU", "mAcc"} in percent, of the classes that occur, and the "val_loss"."""
         if not self.counts.any():
             raise UserError("the masks of this split hold no labelled pixel: nothing to measure")
-        right = self.counts.diag().sum().double() / self.counts.sum()
-        return {"aAcc": 100 * right.item(), "mIoU": 100 * self.iou().nanmean().item(),
-                "mAcc": 100 * self.accuracy().nanmean().item(), "val_loss": self.loss}
+        right, figures = self.counts.diag().sum().double() / self.counts.sum(), self.figures()
+        return {"aAcc": 100 * right.item(), "mIoU": 100 * figures["IoU"].nanmean().item(),
+                "mAcc": 100 * figures["Acc"].nanmean().item(), "val_loss": self.loss}
 
     def confusions(self):
         """The three largest mistakes, [(label, prediction, share of all labelled pixels)]."""
@@ -387,9 +379,8 @@ def load_model(args, dataset, quiet):
         raise UserError(f"{args.pretrain}: has no trained {report.fresh[0]} for "
                         f"{model.num_classes} classes; fine-tune it first")
     known = {"args": {"zero_is_class": args.zero_is_class}}
-    if dataset and args.task == "seg":
-        known |= {"classes": dataset.classes, "colors": dataset.colors.tolist(),
-                  "first_id": dataset.first_id}
+    if dataset:
+        known |= {key: getattr(dataset, key, None) for key in ("classes", "colors", "first_id")}
     return models.know(model, known)
 
 
@@ -402,7 +393,9 @@ def open_dataset(args, task, trained):
     if task == "cls":
         size = args.size or trained.get("image_size", 224)
         return data.TinyImageNet(args.data_path, args.split, size, train=False)
-    zero_is_class = args.zero_is_class or trained.get("zero_is_class", False)
+    root = Path(args.data_path)
+    mapped = data.label_ids(root, data.find_layout(root))       # goes before the training's rule
+    zero_is_class = args.zero_is_class or not mapped and trained.get("zero_is_class", False)
     return data.FolderSegmentation(args.data_path, args.split, zero_is_class=zero_is_class)
 
 
@@ -420,8 +413,8 @@ def class_table(matrix, classes):
     return table
 
 
-def print_classes(matrix, table, classes, trained_classes):
-    """The table, what is confused most, and whether the classes had other names in training."""
+def print_classes(matrix, table, classes):
+    """The table, and what is confused most."""
     print(f"{'class':<28}{'IoU':>8}{'Acc':>8}{'precision':>11}{'F1':>8}")
     for name, figures in table.items():
         iou, acc, precision, f1 = ["-" if x is None else f"{x:.2f}" for x in figures.values()]
@@ -429,9 +422,6 @@ def print_classes(matrix, table, classes, trained_classes):
     worst = [f"{classes[label]} taken for {classes[pred]} {100 * share:.2f} %"
              for label, pred, share in matrix.confusions()]
     print(f"worst confusions, of all labelled pixels: {', '.join(worst) or 'none'}")
-    for old, new in zip(trained_classes, classes):
-        if old != new:
-            return print(f"note: classes had other names in training, one {old!r}, here {new!r}")
 
 
 def measure(args, model, dataset, processes, protocol):
@@ -453,9 +443,11 @@ def measure(args, model, dataset, processes, protocol):
         return
     words = [f"{result['model']} on {result['data']} {args.split}, {len(dataset)} images"]
     if model.task == "seg":         # a figure means little without the protocol
-        print_classes(matrix, table, dataset.classes, model.classes)
+        print_classes(matrix, table, dataset.classes)
         words += [f"{key.replace('_', ' ')} {value}" for key, value in protocol.items()
                   if value not in (None, False, "off", [1.0])]
+    for old, new in [pair for pair in zip(model.classes, dataset.classes) if len({*pair}) == 2][:1]:
+        print(f"note: classes had other names in training, one {old!r}, here {new!r}")
     figures = ", ".join(f"{name} {value:.2f} %" for name, value in figures.items())
     print(f"{', '.join(words)}: {figures}, loss {loss:.4f}")
 
@@ -470,6 +462,7 @@ def main(argv=None):
     model = load_model(args, dataset, quiet)
     models.no_effect(args, model.task == "cls", "on a classifier",
                      "images scales flip slide size_divisor zero_is_class")
+    models.no_effect(args, model.task == "cls" and args.size == 0, "on a classifier", "size")
     model = models.fuse(model).to(processes.device, memory_format=torch.channels_last)
     short_side = (model.size or 512) if args.size is None else args.size or None
     protocol = {"short_side": short_side, "scales": args.scales, "flip": args.flip,
@@ -478,8 +471,9 @@ def main(argv=None):
         return save_pictures(model, args, processes, protocol)
     dataset = dataset or open_dataset(args, model.task, model.args)
     if dataset.num_classes != model.num_classes:
+        more = ", or name all its classes in an id2label.json" * (model.task == "seg")
         raise UserError(f"--data-path {args.data_path}: {dataset.num_classes} classes, but the "
-                        f"model knows {model.num_classes}; give the data set of its training")
+                        f"model knows {model.num_classes}; give the data set of its training{more}")
     measure(args, model, dataset, processes, protocol)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import data
 import models
-from eval import AMP, evaluate_seg, rounded, save_samples
+from eval import AMP, class_table, evaluate_seg, save_samples
 from layers import UpsampledCrossEntropy, UserError
 
 # With --data-path: the original project's recipe. Without: one for the embedded data.
@@ -253,8 +253,8 @@ def main(argv=None):
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             matrix = evaluate_seg(evaluated, val_set, processes, args.batch_size, args.workers,
                                   amp=args.amp, short_side=args.crop)
-            ious = zip(val_set.classes, (100 * matrix.iou()).tolist())
-            metrics = matrix.summary() | {"iou": {name: rounded(iou) for name, iou in ious}}
+            table = class_table(matrix, val_set.classes)
+            metrics = matrix.summary() | {"iou": {name: row["IoU"] for name, row in table.items()}}
             improved = metrics["mIoU"] > best["mIoU"]
         if improved:
             best = {"epoch": epoch + 1, "mIoU": metrics["mIoU"]}
