@@ -100,13 +100,21 @@ class ConfusionMatrix:
         return {"IoU": hits / (labelled + predicted - hits), "Acc": hits / labelled,
                 "precision": hits / predicted, "F1": 2 * hits / (labelled + predicted)}
 
+    def iou(self):
+        """Intersection over union (K,), nan for a class in neither labels nor predictions."""
+        return self.figures()["IoU"]
+
+    def accuracy(self):
+        """Share of each class's pixels that are found (K,), nan for a class that no label has."""
+        return self.figures()["Acc"]
+
     def summary(self):
         """{"aAcc", "mIoU", "mAcc"} in percent, of the classes that occur, and the "val_loss"."""
         if not self.counts.any():
             raise UserError("the masks of this split hold no labelled pixel: nothing to measure")
-        right, figures = self.counts.diag().sum().double() / self.counts.sum(), self.figures()
-        return {"aAcc": 100 * right.item(), "mIoU": 100 * figures["IoU"].nanmean().item(),
-                "mAcc": 100 * figures["Acc"].nanmean().item(), "val_loss": self.loss}
+        right = self.counts.diag().sum().double() / self.counts.sum()
+        return {"aAcc": 100 * right.item(), "mIoU": 100 * self.iou().nanmean().item(),
+                "mAcc": 100 * self.accuracy().nanmean().item(), "val_loss": self.loss}
 
     def confusions(self):
         """The three largest mistakes, [(label, prediction, share of all labelled pixels)]."""
@@ -264,9 +272,10 @@ def picture_files(source, folder):
     inside = [name for name, path in files.items()
               if place in target.parents and target in path.resolve().parents]
     there = [files.pop(name) for name in inside] + [folder / f"{name}.png" for name in files]
-    # What an earlier call drew has an overlay beside it.
-    beside = [path.with_name(path.stem.removesuffix("_overlay") + "_overlay.png") for path in there]
-    if place == target or any(path.exists() > other.exists() for path, other in zip(there, beside)):
+    # What an earlier call drew has an overlay beside it, and may be replaced.
+    ours = [path.with_name(path.stem.removesuffix("_overlay") + "_overlay.png").exists()
+            for path in there]
+    if place == target or any(path.exists() and not our for path, our in zip(there, ours)):
         raise UserError(f"--save-dir {data.shown(folder)}: the images here could be overwritten; "
                         "choose another folder")
     if not files:

@@ -2358,7 +2358,8 @@ def test_confusion_matrix_against_brute_force():
     found = matrix.confusions()
     assert [pairs.count((a, b)) for a, b, _ in found] == most
     assert [share * len(pairs) for _, _, share in found] == pytest.approx(most)
-    assert matrix.summary()["mIoU"] == pytest.approx(100 * matrix.figures()["IoU"][:4].mean().item())
+    assert matrix.summary()["mIoU"] == pytest.approx(100 * matrix.iou()[:4].mean().item())
+    assert matrix.summary()["mAcc"] == pytest.approx(100 * matrix.accuracy().nanmean().item())
     matrix.counts += 2 ** 40                            # far beyond what float32 can count
     matrix.update(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     assert matrix.counts[0, 0] == 2 ** 40 + pairs.count((0, 0)) + 1
