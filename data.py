@@ -577,26 +577,31 @@ def contents(folder):
     return f"{shown(folder)} holds {', '.join(names) or 'nothing'}"
 
 
+def files_below(folder):
+    """Names from there of all files below a folder; links to folders are followed, each once."""
+    def fail(error):
+        raise error
+
+    top = Path(folder).resolve()
+    seen = {top, *top.parents}    # a link to one of them would lead round and round
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        yield from (os.path.relpath(os.path.join(place, name), folder) for name in files)
+        real = {name: Path(place, name).resolve() for name in folders}
+        folders[:] = [name for name in folders if real[name] not in seen]
+        seen.update(real.values())
+
+
 def scan(folder, suffixes, end="", twins=False):
-    """Files of some suffixes, by what their names are before `end`, below a folder, links followed.
+    """Files of some suffixes, by what their names are before `end`, below a folder.
 
     -> {stem: path}, sorted, where a stem has its sub-folders before it and a letter with an accent
     is one character (a Mac writes two). Hidden files are skipped; two of one stem are an error.
     twins: -> {name: path}, and they are none.
     """
-    def fail(error):
-        raise error
-
     if not os.path.isdir(folder):
         raise UserError(f"{shown(folder)}: no such folder; {contents(folder)}")
-    found, names, top = {}, [], Path(folder).resolve()
-    seen = {top, *top.parents}    # a link to one of them would lead round and round
-    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        names += [os.path.relpath(os.path.join(place, name), folder) for name in files]
-        real = {name: Path(place, name).resolve() for name in folders}
-        folders[:] = [name for name in folders if real[name] not in seen]
-        seen.update(real.values())
-    for name in sorted(names):
+    found = {}
+    for name in sorted(files_below(folder)):
         stem, suffix = os.path.splitext(name)
         if suffix.lower() not in suffixes or not stem.endswith(end) or "/." in "/" + name:
             continue
@@ -938,7 +943,9 @@ def find_layout(root):
         layout = LAYOUTS[name]
         paths = [pattern.format(split)
                  for pattern, split in itertools.product(layout[:2], layout.splits)]
-        files = [any((root / path).parent.rglob(Path(path).name + ".*")) for path in paths]
+        folders = [(root / path).parent for path in paths]
+        files = [any(Path(file).match(Path(path).name + ".*") for file in files_below(folder))
+                 for path, folder in zip(paths, folders) if folder.is_dir()]
         return sum(files), sum((root / path.split("/")[0]).is_dir() for path in paths)
 
     best = max(LAYOUTS, key=parts)

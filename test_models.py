@@ -1742,6 +1742,9 @@ def test_cityscapes_as_downloaded(tmp_path, kinds):
     assert len(dataset) == 2 and dataset[0][1].tolist() == [[255, 0, 1, 13, 18, 255]]
     assert (dataset.num_classes, dataset.classes[13], dataset.first_id) == (19, "car", 0)
     assert dataset.colors[13].tolist() == [0, 0, 142]
+    for city in [*tmp_path.glob("*/*/*")]:                          # links to the same folders
+        city.symlink_to(city.rename(tmp_path / "-".join(city.parts[-3:])))
+    assert data.find_layout(tmp_path) == dataset.layout and len(data.FolderSegmentation(tmp_path, "val")) == 2
     refused(lambda: data.FolderSegmentation(tmp_path, "val", zero_is_class=True), "--zero-is-class")
 
 
