@@ -908,8 +908,8 @@ class FolderSegmentation(EpochDataset):
         if len(seen) < (2 if self.split == "train" else 1):
             found = f"only '{seen[0]}'" if seen else "no class"
             advice = "correct the map" if self.ids else (
-                "--zero-is-class makes a class of id 0, and masks of 0 and 255 need a "
-                'label_map.json {"0": 0, "255": 1}')
+                "--zero-is-class makes a class of id 0, and " * self.first_id
+                + 'masks of 0 and 255 need a label_map.json {"0": 0, "255": 1}')
             raise UserError(f"{shown(self.root)}: {found} is in the masks of {self.split} "
                             f"({self.rule}); {advice}")
         notes = []
