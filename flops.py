@@ -226,7 +226,7 @@ def height_width(text):
 def specs(text):
     """NAME, a shell's pattern of names, or NAME-SLOT=WORD-... as runs are called -> [Spec]."""
     pattern, *words = text.split("-")
-    slots = dict(word.replace("+", ",").split("=") for word in words)
+    slots = dict(word.replace("+", ",").partition("=")[::2] for word in words)
     names = fnmatch.filter(models.MODELS, pattern)
     if not names:
         raise argparse.ArgumentTypeError(f"{text!r}: no row of `python models.py`")
@@ -237,8 +237,11 @@ def read_accuracy(path):
     """A JSON file {model: mIoU, or a list of them} -> {the model's name in the tables: list}."""
     table = data.read_text(Path(path), json.loads)
     try:
-        return {str(specs(name)[0]): [float(value) for value in np.atleast_1d(figures)]
+        rows = {name: [float(value) for value in np.atleast_1d(figures)]
                 for name, figures in table.items()}
+        if not rows or not all(rows.values()):
+            raise ValueError("a figure is missing")
+        return {str(spec): figures for name, figures in rows.items() for [spec] in [specs(name)]}
     except (ValueError, TypeError, AttributeError, argparse.ArgumentTypeError) as error:
         raise UserError(f"--accuracy {path}: must be {{row: mIoU, or a list}} ({error})") from None
 
@@ -278,6 +281,8 @@ def arguments(argv=None):
     models.no_effect(args, not args.latency, "without --latency",
                      "batch_size amp compile threads device")
     models.no_effect(args, not args.plot, "without --plot", "accuracy")
+    models.no_effect(args, args.accuracy, "with --accuracy, whose rows these are", "all rows")
+    models.no_effect(args, args.all, "with --all", "rows")
     if args.accuracy:
         args.accuracy = read_accuracy(args.accuracy)
         args.rows = [specs(name) for name in args.accuracy]
