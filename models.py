@@ -452,7 +452,7 @@ def bounded(kind, fits, rule):
 
 positive = bounded(float, lambda v: v > 0, "must be a number above 0")
 positive_int = bounded(int, lambda v: v > 0, "must be a whole number above 0")
-non_negative = bounded(float, lambda v: v >= 0, "must be a number, at least 0")
+non_negative = bounded(float, lambda v: 0 <= v < math.inf, "must be a number, at least 0")
 count = bounded(int, lambda v: v >= 0, "must be a whole number, at least 0")
 share = bounded(float, lambda v: 0 <= v < 1, "must be a number, at least 0 and below 1")
 
@@ -817,7 +817,7 @@ def describe_run(args, model, dataset, batch, warmup):
         "model": str(model.spec), "data_path": args.data_path and name,
         "data_files": dataset.fingerprint(), "images": len(dataset),
         "classes": dataset.num_classes, "effective_batch": batch, "warmup": warmup,
-        "pretrain": args.pretrain and pathlib.Path(args.pretrain).name}
+        "pretrain": args.pretrain and "/".join(os.path.abspath(args.pretrain).split("/")[-2:])}
 
 
 def settings_block(settings):
@@ -1005,6 +1005,12 @@ HF = (
     ("attn.{x}", "attention.{self.query|self.key+self.value|self.sr|self.layer_norm|output.dense}"),
     ("block{I}", "block.{i}"), ("{norm1|norm2}", "{layer_norm_1|layer_norm_2}"),
     ("fc1", "dense1"), ("fc2", "dense2"), ("norm{I}", "layer_norm.{i}"))
+# What state_dict() gives since transformers 5; its save_pretrained keeps to the names above
+HF_5 = (
+    ("patch_embed{I}.{proj|norm}", "stages.{i}.patch_embeddings.{proj|layer_norm}"),
+    ("attn.{x}", "attention.{q_proj|k_proj+v_proj|sequence_reduction.sequence_reduction|"
+     "sequence_reduction.layer_norm|o_proj}"), ("norm{I}", "stages.{i}.layer_norm"),
+    ("block{I}", "stages.{i}.blocks"), ("{norm1|norm2}", "{layernorm_before|layernorm_after}"))
 MIT_MMSEG = (("patch_embed{I}.{proj|", "layers.{i}.0.{projection|"), ("block{I}", "layers.{i}.1"),
              ("attn.{x}", "attn.{attn.in_q|attn.in_kv|sr|norm|attn.out_proj}"),
              ("mlp.{fc1|dwconv.dwconv|fc2}", "ffn.layers.{0|1|4}"), ("norm{I}", "layers.{i}.2"))
@@ -1057,6 +1063,8 @@ HF_HEADS = {"cls": "head.fc classifier"} | dict.fromkeys(("mlp", "mlp_concat"), 
         head.fuse.{conv|norm}   decode_head.{linear_fuse|batch_norm}
         head.classifier         decode_head.classifier
     """)
+HF_5_HEADS = {word: rows.replace("linear_c", "linear_projections")
+              for word, rows in HF_HEADS.items()}
 LITE_HEADS = HF_HEADS | {"light_ham": """
         head.squeeze        decode_head.squeeze.conv
         head.classifier     decode_head.classifier.1
@@ -1151,6 +1159,8 @@ FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's s
     Format("SegFormer / PVTv2 encoder", MIT, CLS),
     Format("SegFormer / PVTv2 / Lawin segmentor", MIT, MMSEG_HEADS, "backbone."),
     Format("mmsegmentation SegFormer encoder", MIT, dialect=MIT_MMSEG),
+    Format("transformers 5 SegFormer", MIT, HF_5_HEADS, "segformer.", HF_5),
+    Format("transformers 5 SegFormer encoder", MIT, dialect=HF_5),
     Format("original project", LITE, LITE_HEADS, "segformer.encoder.", HF,
            linear=r"\.(q|kv|proj|projections\.\d)$"),
     Format("timm PVTv2", TIMM_STEM + MIT, CLS, dialect=PVT_V2_TIMM),
@@ -1180,6 +1190,7 @@ DEAD = re.compile(r".*\.(relative_position_index|attn_mask)$|decode_head\.conv_s
                   r"|(backbone\.)?(norm\d?|extra_norm_list\.3|proj_head)\.")
 # A BatchNorm's or an average's: older files lack them, and nothing here reads them
 COUNTERS = ("num_batches_tracked", "n_averaged")
+AVERAGED = re.compile("ema|teacher")        # a moving average's table or prefix
 TASK_NORMS = re.compile(r"encoder\.stages\.[012]\.norm\.")
 MERGING = re.compile(r"encoder\.stages\.[123]\.embed\.")
 
@@ -1304,14 +1315,14 @@ def largest_table(content):
         if isinstance(table, dict):
             tensors = {key: value for key, value in table.items()
                        if isinstance(key, str) and isinstance(value, torch.Tensor)}
-            averaged = re.search("ema|teacher", str(name)) is not None
-            ranked.append(((len(tensors), averaged), tensors))
+            ranked.append(((len(tensors), bool(AVERAGED.search(str(name)))), tensors))
     return max(ranked, key=lambda entry: entry[0])[1]
 
 
 def recognise(model, state):
     """-> (format, prefix) under which most of the names are this model's; (None, "") for none. A
-    wrapper's prefix (module., _orig_mod., model., ...) is whatever stands before such a name."""
+    wrapper's prefix (module., _orig_mod., model., ...) is whatever stands before such a name; of
+    two, a moving average's."""
     ends = []
     for name in state:
         words = name.split(".", 8)
@@ -1322,7 +1333,8 @@ def recognise(model, state):
     for form in FORMATS:
         names = set(itertools.chain(*form.names(model).values()))
         hits = Counter(prefix for prefix, end in ends if end in names)
-        ranked += [((hit, prefix == ""), form, prefix) for prefix, hit in hits.items()]
+        ranked += [((hit, bool(AVERAGED.search(prefix)), prefix == ""), form, prefix)
+                   for prefix, hit in hits.items()]
     return max(ranked, key=lambda entry: entry[0], default=(0, None, ""))[1:]
 
 
