@@ -315,8 +315,11 @@ FAULTS = {    # what the type and message of a library's error contain: what is 
     "deterministic implementation":
         "--deterministic: a block of this model cannot be so on CUDA; leave the flag out",
     "CxxCompiler|CppCompileError|find C compiler|TritonMissing|working triton":
-        "--compile: needs a working C++ compiler (CXX names it) and on CUDA Triton; install them, "
-        "or leave the flag out"}
+        "--compile: needs a working C++ compiler (CXX names it), which no signal has stopped, and "
+        "on CUDA Triton; install them, or leave the flag out",
+    "ImportError.*file too short":
+        "--compile: a compiler was stopped while it wrote; remove the folder of compiled code "
+        "(TORCHINDUCTOR_CACHE_DIR, else torchinductor_USER among the temporary files)"}
 
 
 def _explained(error):
