@@ -1190,7 +1190,7 @@ DEAD = re.compile(r".*\.(relative_position_index|attn_mask)$|decode_head\.conv_s
                   r"|(backbone\.)?(norm\d?|extra_norm_list\.3|proj_head)\.")
 # A BatchNorm's or an average's: older files lack them, and nothing here reads them
 COUNTERS = ("num_batches_tracked", "n_averaged")
-AVERAGED = re.compile("ema|teacher")        # a moving average's table or prefix
+AVERAGED = re.compile(r"(?i)(?<![a-z])(ema|teacher)")     # a moving average's table or prefix
 TASK_NORMS = re.compile(r"encoder\.stages\.[012]\.norm\.")
 MERGING = re.compile(r"encoder\.stages\.[123]\.embed\.")
 

@@ -1183,7 +1183,7 @@ def test_weights_are_found_in_every_envelope_under_every_prefix(form):
     both = {"model." + name: value + 1 for name, value in plain.items()}
     models.load_pretrained(model, both | {"model_ema.module." + name: value for name, value in plain.items()})
     assert same_bits(model.state_dict(), donor.state_dict())
-    both = {"model": {"a": torch.zeros(2)}, "ema": {"a": torch.ones(2)}}
+    both = {"semantic": {"a": torch.zeros(2)}, "ema": {"a": torch.ones(2)}}
     assert models.read_weights(both)[1]["a"][0] == 1                # of two, a moving average
 
 
