@@ -1291,7 +1291,11 @@ def mixup_cutmix(images, labels, num_classes, seed, mixup=0.8, cutmix=1.0, smoot
 # ---- Pictures ------------------------------------------------------------------------------------
 
 GAP, LINE = 8, 22                                                          # of a contact sheet
-INKS = "#1f5fbf", "#d0442f", "#2f8f4f", "#8a4fb0", "#b07800", "#555555"    # of a plot's series
+# Of a plot: the colours of its series; where the label of a point may stand (the text's anchor, the
+# direction from the point)
+INKS = ("#1f5fbf", "#d0442f", "#2f8f4f", "#8a4fb0", "#b07800", "#555555", "#1798a6", "#c2378f")
+AROUND = (("lm", 1, 0), ("rm", -1, 0), ("ms", 0, -1), ("mt", 0, 1),
+          ("lm", 1, -1), ("lm", 1, 1), ("rm", -1, -1), ("rm", -1, 1))
 
 
 def distinct_colors(count):
@@ -1368,8 +1372,13 @@ def drawable(text, font, width):
     return text
 
 
-def ticks(low, high):
-    """Some round numbers, a step of 1, 2 or 5 times a power of 10 apart, that enclose a range."""
+def ticks(low, high, log=False):
+    """Some round numbers that enclose a range: a step of 1, 2 or 5 times a power of 10 apart; or,
+    for a logarithmic axis, such numbers themselves."""
+    if log:
+        marks = [k * 10.0 ** n for n in range(-12, 16) for k in (1, 2, 5)]
+        first, last = np.searchsorted(marks, low, "right") - 1, np.searchsorted(marks, high)
+        return marks[first:max(last, first + 1) + 1]
     span = high - low or abs(high) or 1
     power = 10.0 ** math.floor(math.log10(span / 2))
     step = power * next(k for k in (1, 2, 5, 10) if span <= 5 * k * power)
@@ -1378,7 +1387,8 @@ def ticks(low, high):
 
 
 def plot(path, series, x_label, y_label, lines=True):
-    """Draw series, {name: [(x, y) or (x, y, label), ...]}, as lines or else as points.
+    """Draw series, {name: [(x, y), (x, y, label) or (x, y, label, spread), ...]}, as lines or else
+    as points, each with a bar from y - spread to y + spread, over a logarithmic x.
 
     path: where the PNG goes, or None. Points that are not finite are left out. -> Pillow's image
     """
@@ -1387,11 +1397,15 @@ def plot(path, series, x_label, y_label, lines=True):
     draw = ImageDraw.Draw(sheet)
     series = {name: [p for p in points if math.isfinite(p[0] + p[1])]
               for name, points in series.items()}
-    values = np.array([p[:2] for p in sum(series.values(), [])] or [(0, 0)], float)
-    xs, ys = (ticks(v.min(), v.max()) for v in values.T)
+    values = [(p[0], p[1] + sum(p[3:])) for p in sum(series.values(), [])]
+    values += [(p[0], p[1] - sum(p[3:])) for p in sum(series.values(), [])]
+    values = np.array(values or [(1, 0)], float)
+    low, high = values.min(0), values.max(0)
+    xs, ys = ticks(low[0], high[0], log=not lines), ticks(low[1], high[1])
+    scale = np.asarray if lines else np.log10
 
     def place(x, y):
-        return (np.interp(x, (xs[0], xs[-1]), (left, right)),
+        return (np.interp(scale(x), scale((xs[0], xs[-1])), (left, right)),
                 np.interp(y, (ys[0], ys[-1]), (bottom, top)))
 
     for x in xs:
@@ -1414,16 +1428,20 @@ def plot(path, series, x_label, y_label, lines=True):
         if lines and len(spots) > 1:
             draw.line(spots, ink, 5, "curve")
         else:
-            for x, y in spots:
+            for p, (x, y) in zip(points, spots):
                 draw.ellipse((x - 8, y - 8, x + 8, y + 8), ink)
+                ends = [place(p[0], p[1] + sign * sum(p[3:])) for sign in (-1, 1)]
+                draw.line(sum(ends, ()), ink, 4)
         labels += [(*spot, p[2], ink) for spot, p in zip(spots, points) if len(p) > 2]
     for x, y, text, ink in labels:
         text = drawable(text, font, 400)
-        tries = [((x + 14, y), "lm"), ((x - 14, y), "rm"), ((x, y - 14), "ms"), ((x, y + 14), "mt")]
-        for spot, anchor in tries:    # the first place where there is nothing so far, or the last
-            box = sheet.crop(draw.textbbox(spot, text, font, anchor))
+        # The nearest place where there is nothing so far, or the last; a line leads there.
+        for far, (anchor, dx, dy) in itertools.product(range(20, 240, 20), AROUND):
+            spot = x + far * dx, y + far * dy
+            box = sheet.crop(draw.textbbox(spot, text, font, anchor, stroke_width=8))
             if min(darkest for darkest, _ in box.getextrema()) >= 228:
                 break
+        draw.line((x, y, *spot), ink, 2)
         draw.text(spot, text, ink, font, anchor)
     sheet = sheet.reduce(2)      # drawn at twice the size, as Pillow's edges are hard
     if path:

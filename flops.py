@@ -201,15 +201,14 @@ def print_comparison(results, base):
 
 
 def draw(args, results):
-    """--plot: GMAC against mIoU, the mean labelled among its seeds, or else against parameters.
-    A change of the baseline is labelled with its words alone."""
+    """--plot: GMAC against mIoU, the mean and standard deviation of its seeds, or else against
+    parameters. A change of the baseline is labelled with its words alone."""
     series = {}
     for name, result in results.items():
         points = series.setdefault(name.split("_")[0], [])          # a colour for each family
         values = args.accuracy[name] if args.accuracy else [result["params"] / 1e6]
-        points += [(result["macs"] / 1e9, value) for value in values]
         points.append((result["macs"] / 1e9, np.mean(values),
-                       name.removeprefix(f"{args.baseline}-")))
+                       name.removeprefix(f"{args.baseline}-"), np.std(values)))
     with data.writing("--plot", args.plot):
         data.plot(args.plot, series, "GMAC at {} x {}".format(*args.size),
                   "mIoU (%)" if args.accuracy else "parameters (M)", lines=False)

@@ -2310,15 +2310,19 @@ def test_contact_sheet(tmp_path):
 
 
 def test_plot_puts_points_where_the_axes_say(tmp_path):
+    assert data.ticks(0.3, 9, log=True) == [0.2, 0.5, 1, 2, 5, 10] and data.ticks(5, 5, log=True) == [5, 10]
     assert data.ticks(0.2, 29) == [0, 10, 20, 30] and data.ticks(7, 7)[0] <= 7 < data.ticks(7, 7)[-1]
-    points = {"a": [(0, 0)], "b": [(30, 4)], "c": [(20, 1)], "d\n\ud800": [(8, 3, "x" * 20000), (float("nan"), 1)]}
+    points = {"a": [(1, 0)], "b": [(100, 4)], "c": [(10, 1)], "d\n\ud800": [(8, 3, "x" * 20000), (float("nan"), 1)]}
     data.plot(tmp_path / "plot.png", points, "x", "y", lines=False)
     pixels = np.array(Image.open(tmp_path / "plot.png")).astype(int)[36:440]    # without the names of the series
     origin, end, third = (np.argwhere((pixels == ink).all(2)).mean(0) for ink in (
         (31, 95, 191), (208, 68, 47), (47, 143, 79)))
-    assert abs(third - origin - (end - origin) * (1 / 4, 2 / 3)).max() < 1
+    assert abs(third - origin - (end - origin) * (1 / 4, 1 / 2)).max() < 1
     gray = (pixels == 228).all(2)                               # the ticks' lines
     assert abs(end - (np.flatnonzero(gray.mean(1) > 0.6)[0], np.flatnonzero(gray.mean(0) > 0.6)[-1])).max() <= 1
+    pixels = np.array(data.plot(None, {"a": [(1, 1, "-", 1), (2, 4)]}, "x", "y", lines=False))[36:440]
+    column = (pixels == (31, 95, 191)).all(2)[:, 55:65].any(1)      # the first point's: its bar goes from 0 to 2 of 4
+    assert abs(column.sum() - (440 - 36) / 2) < 25 and column[-22:].any()
     rows = [{"epoch": k, "loss": 1 / k, **({"mIoU": 5.0 * k} if k % 2 else {})} for k in range(1, 5)]
     data.draw_curves(tmp_path / "curve.png", rows, "mIoU")
     data.draw_curves(tmp_path / "curve.png", rows[1:2], "mIoU")    # no metric yet
@@ -2713,7 +2717,7 @@ def test_flops_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "plot", lambda path, series, *_, **__: drawn.update(series))
     flops.main([*drawing, "--size", "64"])
     gmac = flops.count(on_meta("segformer_b0", attn="lsra,lsra,sra,sra"), (64, 64)).macs / 1e9
-    assert drawn["segformer"] == [(gmac, 60), (gmac, 62.5), (gmac, 61.25, "segformer_b0-attn=lsra+lsra+sra+sra")]
+    assert drawn["segformer"] == [(gmac, 61.25, "segformer_b0-attn=lsra+lsra+sra+sra", 1.25)]
     for content in ("[7]", '{"segformer_b9": 3}', '{"segformer_b0": "x"}', "{}", '{"segformer_b0": []}',
                     '{"segformer_b*": 3}'):
         path.write_text(content)
