@@ -910,9 +910,11 @@ class FolderSegmentation(EpochDataset):
         missing = [name for name, count in zip(names, counts) if not count]
         if len(seen) < (2 if self.split == "train" else 1):
             found = f"only '{seen[0]}'" if seen else "no class"
-            advice = "correct the map" if self.ids else (
-                "--zero-is-class makes a class of id 0, and " * self.first_id
-                + 'masks of 0 and 255 need a label_map.json {"0": 0, "255": 1}')
+            advice = 'masks of 0 and 255 need a label_map.json {"0": 0, "255": 1}'
+            if self.ids:
+                advice = "correct the map"
+            elif self.first_id:
+                advice = f"--zero-is-class makes a class of id 0, and {advice}"
             raise UserError(f"{shown(self.root)}: {found} is in the masks of {self.split} "
                             f"({self.rule}); {advice}")
         notes = []

@@ -480,9 +480,11 @@ def main(argv=None):
         return save_pictures(model, args, processes, protocol)
     dataset = dataset or open_dataset(args, model.task, model.args)
     if dataset.num_classes != model.num_classes:
-        more = ", or name all its classes in an id2label.json" * (model.task == "seg")
+        advice = "give the data set of its training"
+        if model.task == "seg":
+            advice += ", or name all its classes in an id2label.json"
         raise UserError(f"--data-path {args.data_path}: {dataset.num_classes} classes, but the "
-                        f"model knows {model.num_classes}; give the data set of its training{more}")
+                        f"model knows {model.num_classes}; {advice}")
     measure(args, model, dataset, processes, protocol)
 
 

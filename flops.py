@@ -236,11 +236,13 @@ def read_accuracy(path):
     """A JSON file {model: mIoU, or a list of them} -> {the model's name in the tables: list}."""
     table = data.read_text(Path(path), json.loads)
     try:
-        rows = {name: [float(value) for value in np.atleast_1d(figures)]
-                for name, figures in table.items()}
+        rows = {}
+        for name, figures in table.items():
+            [spec] = specs(name)        # one: a pattern is no row
+            rows[str(spec)] = [float(value) for value in np.atleast_1d(figures)]
         if not rows or not all(rows.values()):
             raise ValueError("a figure is missing")
-        return {str(spec): figures for name, figures in rows.items() for [spec] in [specs(name)]}
+        return rows
     except (ValueError, TypeError, AttributeError, argparse.ArgumentTypeError) as error:
         raise UserError(f"--accuracy {path}: must be {{row: mIoU, or a list}} ({error})") from None
 
