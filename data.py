@@ -25,7 +25,6 @@ import signal
 import socket
 import struct
 import sys
-import threading
 import time
 import traceback
 import unicodedata
@@ -56,14 +55,14 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 # ---- Processes -----------------------------------------------------------------------------------
 
-_store = None    # where the processes leave notes for each other, beside the group's exchanges
-
-
 class Processes(NamedTuple):
     """This process among all: rank of world, and the device that it works on."""
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
+
+
+_store = None    # where the processes leave notes for each other, beside the group's exchanges
 
 
 def start(device=None, timeout=300):
@@ -80,11 +79,10 @@ def start(device=None, timeout=300):
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             range(world)[rank]
         except (ValueError, IndexError):
-            raise UserError("RANK and WORLD_SIZE are not as torchrun sets them; unset them, or "
-                            "start with torchrun") from None
+            raise UserError("RANK, WORLD_SIZE: not as torchrun sets them; unset them") from None
     elif "WORLD_SIZE" in os.environ:
-        print("note: WORLD_SIZE is set, but not all of RANK, MASTER_ADDR and MASTER_PORT: "
-              "torchrun did not start this process, it works alone", file=sys.stderr)
+        print("note: WORLD_SIZE is set, but not by torchrun: this process works alone",
+              file=sys.stderr)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: no such device; use cpu, cuda or cuda:N")
@@ -92,8 +90,8 @@ def start(device=None, timeout=300):
     if device.type == "cuda":
         here = torch.cuda.device_count()
         if device.index >= here or (name != "cuda" and local_world > 1):
-            raise UserError(f"--device {name}: a process needs a GPU of its own, {here} are here "
-                            f"for {local_world}; use --device cuda or cpu, or start fewer")
+            raise UserError(f"--device {name}: {here} GPUs for {local_world} processes, each needs "
+                            "its own; use --device cuda or cpu, or start fewer")
         torch.cuda.set_device(device)
         # One precision for matrix products and convolutions: TF32, float32's range in 19 bits.
         torch.set_float32_matmul_precision("high")
@@ -127,9 +125,8 @@ def _join(rank, world, device, timeout):
                                 store=_store, rank=rank, world_size=world, device_id=gpu)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).split("\n")[0]
-        raise UserError(f"process {rank} of {world} cannot join the others at {':'.join(address)}: "
-                        f"{reason}; are all of them started, and can they reach this address?"
-                        ) from None
+        raise UserError(f"process {rank} of {world} cannot join the others: {reason}; are all of "
+                        f"them started, and can they reach {':'.join(address)}?") from None
     handle(*handlers)
 
 
@@ -250,15 +247,6 @@ class Stop:
 STOP = Stop()
 
 
-def _watch(parent):
-    """Stop when torchrun has died: its processes would train on, unseen, and hold the folder."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(30)
-    os._exit(1)
-
-
 def run(main):
     """Call a script's main(). What a user or the machine can cause ends in one line, no traceback.
 
@@ -271,7 +259,9 @@ def run(main):
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     warnings.filterwarnings("ignore", module="PIL")    # they name no file; what is bad raises
     if dist.is_torchelastic_launched():
-        threading.Thread(target=_watch, args=[os.getppid()], daemon=True).start()
+        # If torchrun dies, so that nobody would see or end this process, Linux sends SIGTERM.
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
     try:
         main()
         if dist.is_initialized():
@@ -288,8 +278,7 @@ def _report(error):
         child.kill()
     if isinstance(error, BrokenPipeError):    # `| head` has read enough
         return 128 + signal.SIGPIPE
-    # Mostly all processes meet the same mistake: torchrun ends the others when one has left, before
-    # they say it too.
+    # Mostly all meet the same mistake: torchrun ends the others before they say it too.
     time.sleep(min(1, int(os.environ.get("LOCAL_RANK", 0))))
     with suppress(OSError):    # the same Ctrl-C may have ended what reads stderr
         if isinstance(error, Stopped):
@@ -304,19 +293,16 @@ def _report(error):
 
 FAULTS = {    # what the type and message of a library's error contain: what is said in its place
     "out of memory|ALLOC_FAILED|^MemoryError|can't allocate memory|not enough memory":
-        "out of memory; try a lower --batch-size; a training run also has --accum (for the same "
-        "effective batch), --amp bf16 and --checkpointing",
+        "out of memory; try a lower --batch-size; in training also --accum, --amp bf16 and "
+        "--checkpointing",
     "DataLoader worker .*(exited|killed)|shared memory|Too many open files|ancdata":
-        "a loader's process died (out of memory, of /dev/shm or of open files?); try a lower "
-        "--workers, or 0",
+        "a loader's process died (memory, /dev/shm, open files?); try a lower --workers, or 0",
     "more than 1 value per channel":
-        "a BatchNorm got one image whose map is 1 x 1; use --batch-size 2 or more, or (of no help "
-        "where lawin pools the whole image) larger images",
+        "a BatchNorm got a single 1 x 1 map; use --batch-size 2 or more",
     "deterministic implementation":
         "--deterministic: a block of this model cannot be so on CUDA; leave the flag out",
     "CxxCompiler|CppCompileError|find C compiler|TritonMissing|working triton":
-        "--compile: needs a working C++ compiler (CXX names it), which no signal has stopped, and "
-        "on CUDA Triton; install them, or leave the flag out",
+        "--compile: needs a working C++ compiler (CXX names it), and on CUDA Triton",
     "ImportError.*file too short":
         "--compile: a compiler was stopped while it wrote; remove the folder of compiled code "
         "(TORCHINDUCTOR_CACHE_DIR, else torchinductor_USER among the temporary files)"}
@@ -378,8 +364,8 @@ def train_loader(dataset, batch_size, processes, seed, workers, accum=1, repeats
     """Shuffled, sharded, whole batches only; call set_epoch before each epoch."""
     sampler = EpochSampler(len(dataset), processes, seed, repeats)
     if len(sampler) < batch_size * accum:
-        raise UserError(f"--batch-size {batch_size}, --accum {accum}: {len(dataset)} images on "
-                        f"{processes.world} processes do not fill one step; use less")
+        raise UserError(f"--batch-size {batch_size}, --accum {accum}: the {len(dataset)} images do "
+                        f"not fill a step of {processes.world} processes; use less")
     options = _options(workers, processes.device)
     return DataLoader(dataset, batch_size, sampler=sampler, drop_last=True,
                       persistent_workers=options["num_workers"] > 0, **options)

@@ -646,25 +646,21 @@ def read_safetensors(path):
 
 def lock_folder(output):
     """Make a run's folder and hold it alone: keep the open file, the lock ends with it. UserError
-    where another process holds it (`.lock` names it) or nothing can be written."""
+    where another process holds it (`.lock` names it), OSError where nothing can be written."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock = open(output / ".lock", "a+")
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = open(output / ".lock", "a+")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):      # what a held lock gives
-            lock.seek(0)
-            raise UserError(f"{output}: another run is writing here ({lock.read(200).strip()}); "
-                            "wait for it or choose another --output-dir")
-        except OSError as error:
-            print(f"note: {output} cannot be locked ({error.strerror}); "
-                  "see to it that no other run writes there")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):      # what a held lock gives
+        lock.seek(0)
+        raise UserError(f"{output}: another run is writing here ({lock.read(200).strip()}); "
+                        "wait for it or choose another --output-dir")
     except OSError as error:
-        raise UserError(f"{output}: cannot write here ({error.strerror}); "
-                        "choose another --output-dir")
+        print(f"note: {output} cannot be locked ({error.strerror}); "
+              "see to it that no other run writes there")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
     return lock
 
 

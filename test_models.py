@@ -202,11 +202,12 @@ def seeded():
 
 
 def refused(action, *words):
-    """The action's UserError: one line with all the words. -> it"""
-    with pytest.raises(UserError) as error:
+    """The line that a script ends with for the action's UserError or OSError; it has all the words. -> it"""
+    with pytest.raises((UserError, OSError)) as error:
         action()
-    assert "\n" not in str(error.value) and all(str(word) in str(error.value) for word in words), error.value
-    return str(error.value)
+    line = data._explained(error.value)
+    assert "\n" not in line and all(str(word) in line for word in words), line
+    return line
 
 
 def raising(error):
@@ -2148,7 +2149,7 @@ end(fork(unheard), 143, "")
 end(fork(lambda: fail(KeyError("oops"))), 1, "(?s)Traceback.*KeyError: 'oops'")
 end(fork(lambda: data.start("cpu"), WORLD_SIZE="2", RANK="1"), 0, "note: WORLD_SIZE is set.*")
 nobody = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", TORCHELASTIC_USE_AGENT_STORE="True", WORLD_SIZE="2")
-end(fork(lambda: data.start("cpu"), **nobody, RANK="2"), 1, "error: RANK .*")
+end(fork(lambda: data.start("cpu"), **nobody, RANK="2"), 1, "error: RANK, .*")
 end(fork(lambda: data.start("cpu"), **nobody, RANK="0", TORCHELASTIC_RESTART_COUNT="0"), 1, "error: .* refused; .*")
 child = fork(left_behind)
 os.close(told)
@@ -3024,7 +3025,7 @@ def test_mistakes_on_the_command_line(tiny, tmp_path):
             (train_seg, f"--pretrain {tmp_path}/nowhere.pt", ["nowhere.pt", "no such file"]),
             (train_seg, f"--data-path {tiny[train_cls]}", [tiny[train_cls], "train/images: no such folder", "n01/"]),
             (train_cls, f"--data-path {tiny[train_seg]}", ["train", "class"]),
-            (train_seg, f"--output-dir {tmp_path}/file", [tmp_path / "file", "--output-dir"])):
+            (train_seg, f"--output-dir {tmp_path}/file", [tmp_path / "file", "File exists"])):
         refused(lambda: train(script, tiny, tmp_path / "run", *call.split()), *words)
     for script, call in ((train_seg, "--zero-is-class"), (train_cls, "--erase 0.2")):
         refused(lambda: script.main(call.split()), call.split()[0], "no effect without --data-path")
