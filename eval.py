@@ -26,8 +26,6 @@ import layers
 import models
 from layers import UserError
 
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @contextmanager
 def naming(path):
@@ -169,7 +167,7 @@ def segment(model, images, size, short_side=None, scales=(1.0,), flip=False, sli
         x = x.contiguous(memory_format=torch.channels_last)
         for mirrored in (False, True) if flip else (False,):
             view = x.flip(-1) if mirrored else x
-            with torch.autocast(x.device.type, AMP[amp], enabled=amp != "off"):
+            with torch.autocast(x.device.type, models.AMP[amp], enabled=amp != "off"):
                 logits = sliding(model, view, *slide) if slide else model(view)
             views.append(logits.flip(-1) if mirrored else logits)
     finite = torch.stack([logits.isfinite().flatten(1).all(1) for logits in views]).all(0)
@@ -232,7 +230,7 @@ def evaluate_cls(model, dataset, processes, batch_size, workers, amp="off"):
         images, labels = zip(*items)
         images = stacked(images, device).contiguous(memory_format=torch.channels_last)
         labels = torch.tensor(labels, device=device)
-        with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
+        with torch.autocast(device.type, models.AMP[amp], enabled=amp != "off"):
             logits = model(images).float()
         found = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -356,7 +354,7 @@ def arguments(argv=None):
     add("--json", nargs="?", const="-", metavar="FILE",
         help="write the figures to FILE as well, or print them instead of the table")
     add("--batch-size", type=whole, default=1, help="of each process (default 1)")
-    add("--amp", choices=list(AMP), default="off", help="mixed precision (default off)")
+    add("--amp", choices=models.AMP, default="off", help="mixed precision (default off)")
     add("--workers", type=models.count, help="loader processes (default 2, on CUDA up to 8)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     args = parser.parse_args(argv)

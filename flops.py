@@ -106,13 +106,10 @@ def count(model, size=(512, 512)):
 
 # ---- Time and memory -----------------------------------------------------------------------------
 
-DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 @torch.inference_mode()
 def run(model, images, amp):
     """Once, and wait for the device."""
-    with torch.autocast(images.device.type, DTYPES[amp], enabled=amp != "off"):
+    with torch.autocast(images.device.type, models.AMP[amp], enabled=amp != "off"):
         model(images)
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
@@ -146,7 +143,8 @@ def latency(cases, args, device):
 
 def conditions(args, device):
     """What the times are of."""
-    dtype, name = str(DTYPES[args.amp]).removeprefix("torch."), str(device)
+    dtype = str(models.AMP[args.amp] or torch.float32).removeprefix("torch.")
+    name = str(device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         dtype = dtype.replace("float32", "TF32")            # data.start asks for it
@@ -264,7 +262,7 @@ def arguments(argv=None):
     add("--latency", type=whole, nargs="?", const=30, metavar="RUNS",
         help="time the inference form (default 30 runs)")
     add("--batch-size", type=whole, default=1, help="of --latency (default 1)")
-    add("--amp", choices=list(DTYPES), default="off", help="of --latency (default off)")
+    add("--amp", choices=models.AMP, default="off", help="of --latency (default off)")
     add("--compile", action="store_true", help="of --latency: torch.compile the models")
     add("--threads", type=whole, help="of --latency, on the CPU (default: PyTorch's choice)")
     add("--device", help="of --latency: cpu, cuda or cuda:N (default: cuda if there is one)")

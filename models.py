@@ -456,6 +456,8 @@ non_negative = bounded(float, lambda v: 0 <= v < math.inf, "must be a number, at
 count = bounded(int, lambda v: v >= 0, "must be a whole number, at least 0")
 share = bounded(float, lambda v: 0 <= v < 1, "must be a number, at least 0 and below 1")
 
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}       # autocast's type for --amp
+
 
 def no_effect(args, when, why, names):
     """A flag that would change nothing is an error: its user believes that it does. args.defaults:
@@ -750,7 +752,7 @@ def training_parser(description, recipe, quick):
     add("--clip", "largest norm of the gradient", type=positive)
     add("--ema", "evaluate and keep a moving average of the weights; without a value: 0.9998",
         type=share, nargs="?", const=0.9998, default=0.0, metavar="DECAY")
-    add("--amp", "mixed precision", choices=["off", "bf16", "fp16"], default="off")
+    add("--amp", "mixed precision", choices=AMP, default="off")
     add("--sync-bn", "BatchNorm statistics over all processes (CUDA)", action="store_true")
     add("--compile", "torch.compile the model for training", action="store_true")
     add("--checkpointing", "recompute blocks in backward: less memory", action="store_true")

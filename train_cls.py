@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import data
 import models
-from eval import AMP, evaluate_cls
+from eval import evaluate_cls
 from layers import UserError
 
 # With --data-path: DeiT's recipe, as in the original project. Without: one for the embedded data.
@@ -128,7 +128,7 @@ def main(argv=None):
         done, rows, losses, seconds = (state[key] for key in ("step", "rows", "losses", "seconds"))
         best = state["best"]
     state = None
-    amp_dtype = AMP[args.amp]
+    amp_dtype = models.AMP[args.amp]
 
     def checkpoint():
         """What is needed to use the weights: the content of best.pt, and a part of last.pt."""

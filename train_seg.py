@@ -17,7 +17,7 @@ from torch import nn
 
 import data
 import models
-from eval import AMP, class_table, evaluate_seg, save_samples
+from eval import class_table, evaluate_seg, save_samples
 from layers import UpsampledCrossEntropy, UserError
 
 # With --data-path: the original project's recipe. Without: one for the embedded data.
@@ -130,7 +130,7 @@ def main(argv=None):
         class_weights = data.broadcast(class_weights)
     state = None
     criterion = UpsampledCrossEntropy(data.IGNORED, class_weights).to(device)
-    amp_dtype = AMP[args.amp]
+    amp_dtype = models.AMP[args.amp]
 
     def checkpoint():
         """What is needed to use the weights: the content of best.pt, and a part of last.pt."""
