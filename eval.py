@@ -388,7 +388,7 @@ def load_model(args, dataset, quiet):
     known = {"args": {"zero_is_class": args.zero_is_class}}
     if dataset:
         known |= {key: getattr(dataset, key, None) for key in ("classes", "colors", "first_id")}
-    return models.know(model, known)
+    return models.know(model, known, args.pretrain)
 
 
 def open_dataset(args, task, trained):

@@ -519,8 +519,7 @@ def write_file(path, parts):
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)        # room on a full disk
-        raise UserError(f"{path}: cannot be written ({error.strerror}); "
-                        "the previous one, if any, is untouched")
+        raise UserError(f"{path}: cannot be written ({error.strerror}); an older one is untouched")
     with contextlib.suppress(OSError):          # CIFS and others cannot; the file itself is safe
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -537,7 +536,7 @@ def map_file(path):
         with open(path, "rb") as file:
             raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if file.read(1) else b""
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})")
+        raise UserError(f"{path}: cannot be read ({error.strerror}); nothing is downloaded here")
     if raw[:23] == b"version https://git-lfs":
         raise UserError(f"{path}: a Git-LFS pointer; fetch its weights with `git lfs pull`")
     return raw
@@ -569,11 +568,9 @@ def read_checkpoint(path):
         raise UserError(f"{path}: not a readable checkpoint (truncated, damaged or another format)")
     for _, part in walk(checkpoint):
         if isinstance(part, torch.Tensor):
-            plain = part.layout == torch.strided and part.device.type == "cpu"
-            plain = plain and not part.is_nested and not part.is_quantized
-            if not plain or part.nbytes > part.untyped_storage().nbytes():
-                raise UserError(f"{path}: holds a tensor that is sparse, quantised or larger than "
-                                "the file")
+            odd = part.layout != torch.strided or part.is_nested or part.is_quantized
+            if odd or part.is_meta or part.nbytes > part.untyped_storage().nbytes():
+                raise UserError(f"{path}: a tensor is sparse, quantised or larger than the file")
     return checkpoint
 
 
@@ -611,34 +608,29 @@ SAFETENSORS = {
 
 
 def read_safetensors(path):
-    """Read a .safetensors file (8 bytes length, a JSON header, raw tensors) -> {name: tensor},
-    mapped from the disk, after each number of the header is checked. Errors: UserError."""
+    """Read a .safetensors file (8 bytes length, a JSON header, raw tensors) -> {name: tensor};
+    nothing is allocated before each number of the header is checked. Errors: UserError."""
     raw = map_file(path)
     start = 8 + int.from_bytes(raw[:8], "little")
-    tensors, end = {}, 0
+    tensors, end = {}, start
     try:
         if start > min(len(raw), 100_000_000):      # the format's own limit
             raise ValueError(f"it has {len(raw)} bytes and claims a header of {start - 8}")
+        data = torch.frombuffer(raw, dtype=torch.uint8)
         header = json.loads(raw[8:start].decode("utf-8"))
         if not all(isinstance(text, str) for text in header.pop("__metadata__", {}).values()):
             raise ValueError("its metadata are not texts")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = entry["data_offsets"]
             shape, dtype = entry["shape"], SAFETENSORS[entry["dtype"]]
-            numbers = [*shape, first, last]
+            numbers = [*shape, *entry["data_offsets"]]
             if len(numbers) > 32 or not all(type(n) is int and 0 <= n <= len(raw) for n in numbers):
                 raise ValueError(f"{name}: a size or offset is out of range")
-            size = math.prod(shape)
-            if first != end or last - first != size * dtype.itemsize or start + last > len(raw):
-                raise ValueError(f"{name}: its bytes {first}:{last} overlap, leave a hole, or do "
-                                 f"not fit its shape {shape} or the file")
-            end = last
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            if size:
-                tensors[name] = torch.frombuffer(raw, dtype=dtype, count=size,
-                                                 offset=start + first).view(shape)
-        if start + end != len(raw):
-            raise ValueError(f"{len(raw) - start - end} bytes behind the last tensor")
+            first, end = end, end + math.prod(shape) * dtype.itemsize
+            if entry["data_offsets"] != [first - start, end - start] or end > len(raw):
+                raise ValueError(f"{name}: its bytes overlap, leave a hole, or do not fit its shape")
+            tensors[name] = data[first:end].clone().view(dtype).view(shape)     # clone aligns them
+        if end != len(raw):
+            raise ValueError(f"{len(raw) - end} bytes behind the last tensor")
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no safetensors file, or a damaged one ({error})")
     return tensors
@@ -858,48 +850,47 @@ def epoch_line(rows, epochs, metric, improved):
 # ---- A model's description and its way back ------------------------------------------------------
 
 def describe(model):
-    """What `restore` needs to build the model again, in primitives."""
+    """What `load` needs to build the model again, in primitives."""
     return {"name": model.spec.name, "slots": model.spec.overrides, "task": model.task,
             "num_classes": model.num_classes}
 
 
-def restore(checkpoint):
-    """The model of a training script's checkpoint, with its weights (the moving average's, where
-    there is one) and what it knows of its data, see `know`. Errors: UserError."""
+def load(path, device="cpu", fused=True):
+    """The model of a checkpoint of train_seg.py or train_cls.py with its weights (the moving
+    average's, where there is one), ready to infer; it knows its data, see `know`. Errors:
+    UserError."""
+    checkpoint = read_checkpoint(path)
     try:
         weights, d = checkpoint.get("ema") or checkpoint["model"], checkpoint["spec"]
         make = partial(build, d["name"], d["task"], d["num_classes"], **d["slots"])
-        with torch.device("meta"):      # the sizes are compared before any memory is taken
-            targets = make().state_dict()
-        theirs, ours = ({(name, value.shape) for name, value in table.items()}
-                        for table in (weights, targets))
-        if theirs != ours:
-            name = min(theirs ^ ours, key=str)[0]
-            raise TypeError(f"{name}: of another shape, or not in both")
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError("not the description of a model and its weights, as training writes them "
-                        f"({reason}); give other weights to --pretrain, together with --model")
-    for name, target in targets.items():
-        check_numbers(name, weights[name], target)
-    model = make()
+        with torch.device("meta"):      # names and sizes are compared before any memory is taken
+            sketch = make().requires_grad_(False)
+        targets = sketch.state_dict()
+        sketch.load_state_dict(weights, assign=True)
+    except (AttributeError, KeyError, RuntimeError, TypeError, UserError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not the description of a model and its weights, as training "
+                        f"writes them ({reason}); give other weights to --pretrain with --model")
+    for name, value in weights.items():
+        check_numbers(f"{path}: {name}", value, targets[name])
+    model = make().eval()
     model.load_state_dict(weights)
-    return know(model, checkpoint)
+    model = know(fuse(model) if fused else model, checkpoint, path)
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def check_numbers(name, value, target):
     """UserError unless a tensor's numbers are of the kind of the target's, and finite there."""
     if value.is_floating_point() != target.is_floating_point():
-        theirs, ours = (str(tensor.dtype).removeprefix("torch.") for tensor in (value, target))
-        raise UserError(f"{name} holds {theirs} numbers, expected {ours}")
+        raise UserError(f"{name} holds {value.dtype}, expected {target.dtype}")
     if not value.to(target.dtype).isfinite().all():
         raise UserError(f"{name} holds inf or nan: it was spoilt in training or conversion")
 
 
-def know(model, checkpoint):
+def know(model, checkpoint, path):
     """Give a model what its checkpoint says of its data: classes (K names), colors ((K, 3) uint8 or
     None), size (of the short side in training, or None), first_id (of class 0 in masks); and args,
-    the flags of its training."""
+    the flags of its training. path: for the UserError."""
     model.classes = checkpoint.get("classes") or [f"class {k}" for k in range(model.num_classes)]
     model.colors, model.args = checkpoint.get("colors"), checkpoint.get("args", {})
     try:
@@ -908,28 +899,15 @@ def know(model, checkpoint):
         if model.colors is not None:
             colors = torch.tensor(model.colors, dtype=torch.uint8)
             model.colors = colors.view(model.num_classes, 3).numpy()
-        good = (isinstance(model.classes, list) and len(model.classes) == model.num_classes
-                and all(isinstance(name, str) and len(name) < 1000 for name in model.classes)
-                and (model.size is None or type(model.size) is int and 0 < model.size < 20_000)
-                and model.first_id in (0, 1))
+        named = isinstance(model.classes, list) and len(model.classes) == model.num_classes and all(
+            isinstance(name, str) and len(name) < 1000 for name in model.classes)
+        sized = model.size is None or type(model.size) is int and 0 < model.size < 20_000
+        if not (named and sized and model.first_id in (0, 1)):
+            raise ValueError
     except (AttributeError, RuntimeError, TypeError, ValueError):
-        good = False
-    if not good:
-        raise UserError("its classes, colors, args or first_id are not as the training scripts "
-                        "write them; load its weights by --pretrain together with --model")
+        raise UserError(f"{path}: its classes, colors, args or first_id are not as training writes "
+                        "them; load its weights by --pretrain together with --model")
     return model
-
-
-def load(path, device="cpu", fused=True):
-    """The model of a checkpoint of train_seg.py or train_cls.py, fused, ready to infer; it knows
-    its data, see `know`. Errors: UserError."""
-    checkpoint = read_checkpoint(path)
-    try:
-        model = restore(checkpoint).eval()
-    except UserError as error:
-        raise UserError(f"{path}: {error}")
-    model = fuse(model) if fused else model
-    return model.to(device, memory_format=torch.channels_last)
 
 
 # ---- Appendix: public weights. Tables of names, ours on the left and theirs on the right ---------
@@ -1267,8 +1245,6 @@ def read_weights(source):
     """Path or dict -> (name for messages, {name: tensor}, the Spec that the file says, or None)."""
     path, content = "the given dict", source
     if not isinstance(source, dict):
-        if not os.path.exists(source):
-            raise UserError(f"{source}: no such file; nothing is downloaded here, fetch it first")
         read = read_folder if os.path.isdir(source) else read_checkpoint
         path, content = source, read(pathlib.Path(source))
     state = largest_table(content)
