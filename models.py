@@ -532,11 +532,8 @@ def map_file(path):
     """A regular file's bytes, mapped from the disk. UserError for others: they may never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path}: not a regular file, and nothing else is read")
-    try:
-        with open(path, "rb") as file:
-            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if file.read(1) else b""
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); nothing is downloaded here")
+    with open(path, "rb") as file:
+        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if file.read(1) else b""
     if raw[:23] == b"version https://git-lfs":
         raise UserError(f"{path}: a Git-LFS pointer; fetch its weights with `git lfs pull`")
     return raw
@@ -1245,8 +1242,10 @@ def read_weights(source):
     """Path or dict -> (name for messages, {name: tensor}, the Spec that the file says, or None)."""
     path, content = "the given dict", source
     if not isinstance(source, dict):
+        if not os.path.exists(source):
+            raise UserError(f"{source}: no such file; nothing is downloaded here, fetch it first")
         read = read_folder if os.path.isdir(source) else read_checkpoint
-        path, content = source, read(pathlib.Path(source))
+        path, content = source, read(source)
     state = largest_table(content)
     if not state:
         raise UserError(f"{path}: holds no state dict (a table of named tensors)")
@@ -1265,6 +1264,7 @@ def read_weights(source):
 
 def read_folder(folder):
     """A hub's folder -> {name: tensor}; its weights may lie in several files."""
+    folder = pathlib.Path(folder)
     for pattern in ("model.safetensors", "pytorch_model.bin", "model-*-of-*.safetensors",
                     "pytorch_model-*-of-*.bin"):
         if files := sorted(folder.glob(pattern)):

@@ -1012,7 +1012,7 @@ def test_hostile_checkpoints_are_refused_in_one_line(tmp_path, capsys):
         torch.save(content, path)
         refused(lambda: models.read_weights(path), reason, path)
     os.mkfifo(fifo)
-    for path, reason in ((tmp_path / "absent.pt", "No such file"), (tmp_path, "neither"), (fifo, "not a regular file"),
+    for path, reason in ((tmp_path / "absent.pt", "no such file"), (tmp_path, "neither"), (fifo, "not a regular file"),
                          ("/dev/zero", "not a regular file"), ("nvidia/mit-b0", "nothing is downloaded here"),
                          ("https://host/mit_b0.pth", "nothing is downloaded here")):
         refused(lambda: models.read_weights(path), reason, path)
