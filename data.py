@@ -1246,36 +1246,6 @@ def validation_files(folder, classes):
     return files
 
 
-def mixup_cutmix(images, labels, num_classes, seed, mixup=0.8, cutmix=1.0, smoothing=0.1):
-    """Mix each image of a batch with its mirror in the batch.
-
-    Mixup (Zhang et al., ICLR 2018): x = l x_i + (1-l) x_j, l ~ Beta(mixup, mixup). CutMix (Yun et
-    al., ICCV 2019): a box with 1-l of the area, l ~ Beta(cutmix, cutmix), is pasted; l is then
-    corrected for the box's part outside the image. As timm: one l per batch, a coin decides
-    between the two, 0 turns one off. seed: a tuple of integers such as (seed, epoch, step, rank).
-    -> images (B, 3, H, W), targets (B, K) that sum to 1
-    """
-    rng = np.random.default_rng(seed)
-    share = 1.0
-    if cutmix > 0 and (mixup <= 0 or rng.random() < 0.5):
-        h, w = images.shape[-2:]
-        side = math.sqrt(1 - rng.beta(cutmix, cutmix))
-        half_h, half_w = int(h * side) // 2, int(w * side) // 2
-        y, x = int(rng.integers(h)), int(rng.integers(w))
-        rows = slice(max(y - half_h, 0), min(y + half_h, h))
-        columns = slice(max(x - half_w, 0), min(x + half_w, w))
-        pasted = images.flip(0)[..., rows, columns]
-        images = images.clone()
-        images[..., rows, columns] = pasted
-        share = 1 - pasted[0, 0].numel() / (h * w)
-    elif mixup > 0:
-        share = rng.beta(mixup, mixup)
-        images = images.flip(0).mul_(1 - share).add_(images, alpha=share)
-    targets = F.one_hot(labels, num_classes).float().mul_(1 - smoothing)
-    targets.add_(smoothing / num_classes)
-    return images, share * targets + (1 - share) * targets.flip(0)
-
-
 # ---- Pictures ------------------------------------------------------------------------------------
 
 GAP, LINE = 8, 22                                                          # of a contact sheet

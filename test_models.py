@@ -2263,24 +2263,31 @@ def test_classification_views_against_plain_pillow(tmp_path):
 
 def test_mixing_against_brute_force():
     images, labels = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 2])
-    soft, shares = 0.02 + 0.9 * F.one_hot(labels, 5), set()
-    for seed in range(20):
-        mixed, targets = data.mixup_cutmix(images, labels, 5, (0, seed), mixup=0.8, cutmix=0.0, smoothing=0.1)
-        share = ((mixed[0] - images[3]) / (images[0] - images[3])).median()
-        assert torch.allclose(mixed, share * images + (1 - share) * images.flip(0), atol=1e-5)
-        assert torch.allclose(targets, share * soft + (1 - share) * soft.flip(0), atol=1e-5)
-        mixed, targets = data.mixup_cutmix(images, labels, 5, (0, seed), mixup=0.0, cutmix=1.0, smoothing=0.1)
-        pasted = (mixed[0] != images[0]).all(0)
-        share = 1 - pasted.float().mean()  # counted in pixels, box cut off at the border or not
-        rows, columns = pasted.any(1), pasted.any(0)
-        assert torch.equal(pasted, rows[:, None] & columns)
-        assert all((m.int().diff() != 0).sum() <= 2 for m in (rows, columns))
-        assert torch.equal(mixed, torch.where(pasted, images.flip(0), images))
-        assert torch.allclose(targets, share * soft + (1 - share) * soft.flip(0), atol=1e-6)
-        shares.add(share.item())
-    assert len(shares) > 10
-    same, targets = data.mixup_cutmix(images, labels, 5, (0, 0), mixup=0.0, cutmix=0.0, smoothing=0.0)
-    assert torch.equal(same, images) and torch.equal(targets, F.one_hot(labels, 5).float())
+    hot, shares = F.one_hot(labels, 5), {"mixup": set(), "cutmix": set()}
+    for seed in range(40):
+        torch.manual_seed(seed)
+        order = torch.randperm(4)
+        torch.manual_seed(seed)
+        mixed, targets = train_cls.mixed(images, labels, 5, mixup=0.8, cutmix=1.0)
+        first, second = images[order], images[order.roll(1)]
+        pasted = (mixed[0] != first[0]).all(0)
+        whole = pasted.all()
+        if whole:
+            share = ((mixed[0] - second[0]) / (first[0] - second[0])).median()
+            assert torch.allclose(mixed, share * first + (1 - share) * second, atol=1e-5)
+        else:
+            share = 1 - pasted.float().mean()       # counted in pixels, box cut off at the border or not
+            assert torch.equal(pasted, pasted.any(1)[:, None] & pasted.any(0))
+            assert torch.equal(mixed, torch.where(pasted, second, first))
+        assert torch.allclose(targets, share * hot[order] + (1 - share) * hot[order.roll(1)], atol=1e-5)
+        shares["mixup" if whole else "cutmix"].add(share.item())
+    assert min(map(len, shares.values())) > 8
+    for off in ("mixup", "cutmix"):                                 # each can be turned off
+        alone, _ = train_cls.mixed(images, labels, 5, **{"mixup": 0.8, "cutmix": 1.0} | {off: 0.0})
+        whole_pixels = (alone[:, None] == images).all(2).any(1)     # of one image
+        assert whole_pixels.all() if off == "mixup" else not whole_pixels.any()
+    same, targets = train_cls.mixed(images, labels, 5, mixup=0.0, cutmix=0.0)
+    assert same is images and targets is labels
 
 
 def test_shapes_are_pure_functions_of_split_and_index():

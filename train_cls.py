@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 import data
 import models
@@ -51,6 +52,20 @@ def learning_rate(step, steps, warmup, base):
     if step < warmup:
         return 1e-6 + (base - 1e-6) * step / warmup
     return 1e-5 + (base - 1e-5) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def mixed(images, labels, num_classes, mixup, cutmix):
+    """Mixup (arXiv 1710.09412) or CutMix (1905.04899) of a batch, a coin decides; alpha 0: not.
+
+    The images are shuffled before each is mixed with its neighbour, as repeated augmentation puts
+    views of one image side by side. -> images (B, 3, H, W); labels (B,), or their shares (B, K)
+    """
+    kinds = (v2.MixUp, mixup), (v2.CutMix, cutmix)
+    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+    if not mixes:
+        return images, labels
+    order = torch.randperm(len(images), device=images.device)
+    return v2.RandomChoice(mixes)(images[order], labels[order])
 
 
 def load_datasets(args):
@@ -167,8 +182,8 @@ def main(argv=None):
         with data.STOP.postponed():
             passes = data.take(batches, args.accum, device) if done < last_step else None
             for step in bar:
-                # Dropout and drop-path depend on (seed, step, rank): there is no random state to
-                # save.
+                # Dropout, drop-path and mixing depend on (seed, step, rank): there is no random
+                # state to save.
                 torch.manual_seed(data.seed_of(args.seed, step, rank))
 
                 # Set the learning rate of this step.
@@ -182,16 +197,16 @@ def main(argv=None):
                 shared = torch.zeros(2, device=device)
                 shared[1].fill_(data.STOP.pending)
                 for i, (images, labels) in enumerate(passes):
+                    images, targets = mixed(images, labels, train_set.num_classes, args.mixup,
+                                            args.cutmix)
                     images = images.contiguous(memory_format=torch.channels_last)
-                    images, targets = data.mixup_cutmix(
-                        images, labels, train_set.num_classes, (args.seed, step, i, rank),
-                        args.mixup, args.cutmix, args.smoothing)
                     # The processes exchange gradients once a step, in the last pass.
                     waits = world > 1 and i < args.accum - 1
                     with net.no_sync() if waits else contextlib.nullcontext():
                         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                             logits = net(images)
-                        pass_loss = F.cross_entropy(logits.float(), targets) / args.accum
+                        pass_loss = F.cross_entropy(logits.float(), targets,
+                                                    label_smoothing=args.smoothing) / args.accum
                         scaler.scale(pass_loss).backward()
                     # DDP averages the gradients over the processes, and this the loss.
                     shared[0] += pass_loss.detach() / world
