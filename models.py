@@ -624,7 +624,7 @@ def read_safetensors(path):
                 raise ValueError(f"{name}: a size or offset is out of range")
             first, end = end, end + math.prod(shape) * dtype.itemsize
             if entry["data_offsets"] != [first - start, end - start] or end > len(raw):
-                raise ValueError(f"{name}: its bytes overlap, leave a hole, or do not fit its shape")
+                raise ValueError(f"{name}: its bytes overlap, leave a hole or do not fit its shape")
             tensors[name] = data[first:end].clone().view(dtype).view(shape)     # clone aligns them
         if end != len(raw):
             raise ValueError(f"{len(raw) - end} bytes behind the last tensor")
@@ -934,8 +934,7 @@ LITE = """
     {i}.blocks.{j}.ffn.branch.fc2               block.{i}.{j}.mlp.conv2
 """ + MIT
 MSCAN = """
-    0.embed.0.{conv|norm}                       patch_embed1.proj.{0|1}
-    0.embed.1.{conv|norm}                       patch_embed1.proj.{3|4}
+    0.embed.{0.conv|0.norm|1.conv|1.norm}       patch_embed1.proj.{0|1|3|4}
     {i}.embed.0.{conv|norm}                     patch_embed{I}.{proj|norm}
     {i}.blocks.{j}.{attn|ffn}.scale             block{I}.{j}.{layer_scale_1|layer_scale_2}
     {i}.blocks.{j}.attn.branch.{proj_1|proj_2}  block{I}.{j}.attn.{x}
@@ -983,9 +982,10 @@ HF_5 = (
     ("patch_embed{I}.{proj|norm}", "stages.{i}.patch_embeddings.{proj|layer_norm}"),
     ("attn.{x}", "attention.{q_proj|k_proj+v_proj|sequence_reduction.sequence_reduction|"
      "sequence_reduction.layer_norm|o_proj}"), ("norm{I}", "stages.{i}.layer_norm"),
-    ("block{I}", "stages.{i}.blocks"), ("{norm1|norm2}", "{layernorm_before|layernorm_after}"))
+    ("block{I}", "stages.{i}.blocks"), ("{norm1|norm2}", "{layernorm_before|layernorm_after}"),
+    ("linear_c", "linear_projections"))
 MIT_MMSEG = (("patch_embed{I}.{proj|", "layers.{i}.0.{projection|"), ("block{I}", "layers.{i}.1"),
-             ("attn.{x}", "attn.{attn.in_q|attn.in_kv|sr|norm|attn.out_proj}"),
+             ("attn.{x}", "attn.{attn.in_q|attn.in_k+attn.in_v|sr|norm|attn.out_proj}"),
              ("mlp.{fc1|dwconv.dwconv|fc2}", "ffn.layers.{0|1|4}"), ("norm{I}", "layers.{i}.2"))
 PVT_V2_TIMM = (("patch_embed{I}", "stages.{i}.downsample"), ("block{I}", "stages.{i}.blocks"),
                ("norm{I}", "stages.{i}.norm"), ("dwconv.dwconv", "dwconv"))
@@ -997,13 +997,15 @@ SWIN_TORCHVISION = (("patch_embed.{proj|norm}", "features.0.{0|2}"), ("mlp.{fc1|
                     ("layers.{i}.blocks", "features.{O}"))
 SWIN_MMSEG = (("patch_embed.{proj|", "patch_embed.{projection|"), ("layers", "stages"),
               ("attn", "attn.w_msa"), ("mlp.{fc1|fc2}", "ffn.layers.{0.0|1}"))
-DEST_SEG = (("norm1", "bn1"), ("norm2", "bn2"), ("norm", "bn1"))
-MMSEG_HEADS = {     # also of the authors' own releases, most of which are built on mmsegmentation
-    "mlp": """
+DEST_SEG = (("norm1", "bn1"), ("norm2", "bn2"), ("sr|norm", "sr|bn1"), ("proj|norm", "proj|bn1"))
+# Heads of mmsegmentation, and of the authors' own releases, most of which are built on it
+MLP = """
         head.projections.{i}    decode_head.linear_c{I}.proj
         head.fuse.{conv|norm}   decode_head.linear_fuse.{conv|bn}
         head.classifier         decode_head.linear_pred
-    """,
+"""
+MMSEG_HEADS = {
+    "mlp": MLP,
     "ham": """
         head.{squeeze|align}.conv   decode_head.{x}.conv
         head.{squeeze|align}.norm   decode_head.{x}.gn
@@ -1018,7 +1020,7 @@ MMSEG_HEADS = {     # also of the authors' own releases, most of which are built
     """,
     "lawin": """
         head.projections.{i}                        decode_head.linear_c{II}.proj
-        head.fuse.{conv|norm}                       decode_head.linear_fuse.{conv|bn}
+        head.low_level                              decode_head.linear_c1.proj
         head.{short_path|cat|low_level_fuse}.conv   decode_head.{x}.conv
         head.{short_path|cat|low_level_fuse}.norm   decode_head.{x}.bn
         head.image_pool.{conv|norm}                 decode_head.image_pool.1.{conv|bn}
@@ -1027,17 +1029,14 @@ MMSEG_HEADS = {     # also of the authors' own releases, most of which are built
         head.attentions.{i}.{theta|phi|g}           decode_head.lawin_{R}.0.{x}.conv
         head.attentions.{i}.{mixing|norm}           decode_head.lawin_{R}.0.{position_mixing|norm}
         head.attentions.{i}.out.{conv|norm}         decode_head.lawin_{R}.0.conv_out.{conv|bn}
-        head.{low_level|classifier}                 decode_head.{linear_c1.proj|linear_pred}
-    """,
+    """ + MLP,
 }
-MMSEG_HEADS |= {"mlp_concat": MMSEG_HEADS["mlp"], "lawin_sum": MMSEG_HEADS["lawin"]}
+MMSEG_HEADS |= {"mlp_concat": MLP, "lawin_sum": MMSEG_HEADS["lawin"]}
 HF_HEADS = {"cls": "head.fc classifier"} | dict.fromkeys(("mlp", "mlp_concat"), """
         head.projections.{i}    decode_head.linear_c.{i}.proj
         head.fuse.{conv|norm}   decode_head.{linear_fuse|batch_norm}
         head.classifier         decode_head.classifier
     """)
-HF_5_HEADS = {word: rows.replace("linear_c", "linear_projections")
-              for word, rows in HF_HEADS.items()}
 LITE_HEADS = HF_HEADS | {"light_ham": """
         head.squeeze        decode_head.squeeze.conv
         head.classifier     decode_head.classifier.1
@@ -1061,21 +1060,32 @@ class Format:
     conv1d: bool = False
     unfold: bool = False
 
+    def rows(self, word):
+        """With a word's head: (our name, list of theirs), a row for each of the words in {}."""
+        choice = re.compile(r"{([^{}]*\|[^{}]*)}")
+        for line in filter(str.strip, f"{self.heads.get(word, '')}\n{self.keys}".splitlines()):
+            ours, theirs = line.split()
+            for old, new in self.dialect:
+                theirs = theirs.replace(old, new)
+            if not ours.startswith("head."):
+                ours, theirs = "encoder.stages." + ours, self.prefix + theirs
+            words = choice.findall(ours) or [""]
+            others = choice.findall(theirs) or words
+            for word, other in zip(words[0].split("|"), others[0].split("|")):
+                parts = [choice.sub(part, theirs) for part in other.split("+")]
+                yield choice.sub(word, ours), [part.replace("{x}", word) for part in parts]
+
     def names(self, model):
         """{our name of a tensor: the list of theirs, stacked} for what this format has."""
         if self.keys is None:
             return {key: [key] for key in model.state_dict()}
-        head = self.heads.get("cls" if model.task == "cls" else model.spec.head, "")
-        depths = SIZES[model.spec.size].depths
-        known = {}
-        for ours, theirs in key_rows(head) + key_rows(self.keys, self.dialect):
-            prefix = self.prefix if ours.startswith("encoder.") else ""
+        depths, known, names = SIZES[model.spec.size].depths, {}, {}
+        for ours, theirs in self.rows("cls" if model.task == "cls" else model.spec.head):
             for i, depth in enumerate(depths):
                 for j in range(max(depth, 4)):          # a head and a stem have their positions too
                     n = {"i": i, "j": j, "h": i - 1, "I": i + 1, "II": i + 2, "E": 2 * i,
                          "O": 2 * i + 1, "J2": 2 * j, "k": sum(depths[:i]) + j, "R": 8 >> i}
-                    known.setdefault(ours.format(**n), [prefix + t.format(**n) for t in theirs])
-        names = {}
+                    known.setdefault(ours.format(**n), [name.format(**n) for name in theirs])
         for key in model.state_dict():
             module, _, end = key.rpartition(".")
             if key in known:
@@ -1101,23 +1111,6 @@ class Format:
         return [part.contiguous() for part in parts]
 
 
-def key_rows(table, dialect=()):
-    """The rows of a key map, one for each of their words: [(our name, list of theirs)]."""
-    rows, choice = [], re.compile(r"{([^{}]*\|[^{}]*)}")
-    for line in filter(str.strip, table.splitlines()):
-        ours, theirs = line.split()
-        if not ours.startswith("head."):
-            ours = "encoder.stages." + ours
-        for old, new in dialect:
-            theirs = theirs.replace(old, new)
-        words = choice.findall(ours) or [""]
-        others = choice.findall(theirs) or words
-        for word, other in zip(words[0].split("|"), others[0].split("|")):
-            parts = [choice.sub(part, theirs).replace("{x}", part) for part in other.split("+")]
-            rows.append((choice.sub(word, ours), parts))
-    return rows
-
-
 CLS = {"cls": "head.fc head"}
 CLS_SWIN = {"cls": "3.norm norm\n head.fc head"}
 TIMM_STEM = "0.embed.conv patch_embed.proj\n 0.embed.norm patch_embed.norm"
@@ -1132,7 +1125,7 @@ FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's s
     Format("SegFormer / PVTv2 encoder", MIT, CLS),
     Format("SegFormer / PVTv2 / Lawin segmentor", MIT, MMSEG_HEADS, "backbone."),
     Format("mmsegmentation SegFormer encoder", MIT, dialect=MIT_MMSEG),
-    Format("transformers 5 SegFormer", MIT, HF_5_HEADS, "segformer.", HF_5),
+    Format("transformers 5 SegFormer", MIT, HF_HEADS, "segformer.", HF_5),
     Format("transformers 5 SegFormer encoder", MIT, dialect=HF_5),
     Format("original project", LITE, LITE_HEADS, "segformer.encoder.", HF,
            linear=r"\.(q|kv|proj|projections\.\d)$"),
@@ -1206,19 +1199,18 @@ def load_pretrained(model, source):
                         f"...) has a name of a format that {model.spec} is known in")
     outside = [name for name in state
                if not (name.startswith(prefix) or name.endswith(COUNTERS))]
-    state = {name.removeprefix(prefix): value for name, value in state.items()
-             if name.startswith(prefix)}
-    found, misfits, missing = match(model, state, form)
-    fresh = settle_head(model, state, found, misfits, missing)
-    _, tasks, in_trunk = SIZES[model.spec.size].stage_norm
-    other_head = not any(key.startswith("head.") for key in found)
-    if model.task == tasks == "seg" and other_head:     # a file that had no use for these norms
-        fresh += [key for key in missing if TASK_NORMS.match(key)]
-        if form.keys and not in_trunk:                  # Swin's last norm is not its classifier's
-            fresh += [key for key in missing if key.startswith("encoder.stages.3.norm.")]
+    state = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+    targets, misfits = model.state_dict(), []
+    found = {key: names for key, names in form.names(model).items() if state.keys() >= set(names)}
+    for key, names in found.items():
+        parts = form.write(key, targets[key], len(names))
+        if [state[name].squeeze().shape for name in names] != [p.squeeze().shape for p in parts]:
+            misfits.append(key)         # a Linear and a 1x1 convolution hold the same matrix
+    missing = [key for key in targets if not (key in found or key.endswith(COUNTERS))]
+    fresh = new_by_design(model, form, state, found, misfits, missing)
+    wrong = [key for key in misfits if key in found and key not in fresh]
     missing = [key for key in missing if key not in fresh]
-    wrong = [key for key in misfits if key not in fresh]
-    left = unused(state, found | misfits)
+    left = unused(state, found)
     foreign = [name for name in left if not (HEADS.match(name) or LOSSES.match(name))]
     if wrong or missing or foreign:
         remedy = "give the --model and the words that it was trained with"
@@ -1228,14 +1220,35 @@ def load_pretrained(model, source):
         raise UserError(f"{path}: does not fit {model.spec} ({form.name}; of another shape: "
                         f"{some(wrong, 1)}; missing: {some(missing, 1)}; unexpected: "
                         f"{some(foreign, 1)}); {remedy}")
-    targets = model.state_dict()
-    for key, names in found.items():
+    loaded = {key: names for key, names in found.items() if key not in misfits}
+    for key, names in loaded.items():
         for name in names:
             check_numbers(f"{path}: {prefix}{name}", state[name], targets[key])
-    for key, names in found.items():
+    for key, names in loaded.items():
         value = form.read(key, [state[name] for name in names])
         targets[key].copy_(value.reshape(targets[key].shape))
-    return Report(form.name, list(found), missing, outside + left, fresh)
+    return Report(form.name, list(loaded), missing, outside + left, fresh)
+
+
+def new_by_design(model, form, state, found, misfits, missing):
+    """-> our names that stay fresh: a classifier of another class count; a head that the file
+    lacks, or has of another kind, as a whole (`found` loses it, although single tensors may fit);
+    norms that the file had no use for."""
+    head = [key for key in model.state_dict() if key.startswith("head.")]
+    fresh = [key for key in misfits if key.startswith(("head.classifier.", "head.fc."))]
+    other = any(key in misfits and key not in fresh for key in head)
+    absent = not any(key in found for key in head)
+    lacking = any(key in missing for key in head)
+    if other or absent or lacking and any(HEADS.match(name) for name in unused(state, found)):
+        fresh = [key for key in head if not key.endswith(COUNTERS)]
+        for key in head:
+            found.pop(key, None)
+    _, tasks, in_trunk = SIZES[model.spec.size].stage_norm
+    if model.task == tasks == "seg" and not (found.keys() - misfits).intersection(head):
+        fresh += [key for key in missing if TASK_NORMS.match(key)]
+        if form.keys and not in_trunk:                  # Swin's last norm is not its classifier's
+            fresh += [key for key in missing if key.startswith("encoder.stages.3.norm.")]
+    return fresh
 
 
 def read_weights(source):
@@ -1249,12 +1262,9 @@ def read_weights(source):
     state = largest_table(content)
     if not state:
         raise UserError(f"{path}: holds no state dict (a table of named tensors)")
-    for name, value in list(state.items()):         # mmsegmentation has q, k and v in one
-        if re.search(r"\bin_proj_(weight|bias)$", name) and value.ndim:
-            third = len(value) // 3
-            state[name.replace("in_proj_", "in_q.")] = value[:third]
-            state[name.replace("in_proj_", "in_kv.")] = value[third:]
-            del state[name]
+    for name in [name for name in state if name.endswith(("in_proj_weight", "in_proj_bias"))]:
+        parts = torch.atleast_1d(state.pop(name)).chunk(3)      # mmsegmentation has them in one
+        state |= {name.replace("in_proj_", f"in_{k}."): part for k, part in zip("qkv", parts)}
     try:
         trained = make_spec(content["spec"]["name"], **content["spec"]["slots"])
     except (KeyError, TypeError, UserError):
@@ -1299,10 +1309,8 @@ def recognise(model, state):
     two, a moving average's."""
     ends = []
     for name in state:
-        words = name.split(".", 8)
-        for i in range(len(words)):
-            end = ".".join(words[i:])
-            ends.append((name.removesuffix(end), end))
+        starts = [dot.end() for dot in re.finditer(r"^|\.", name)]
+        ends += [(name[:start], name[start:]) for start in starts[:9]]
     ranked = []
     for form in FORMATS:
         names = set(itertools.chain(*form.names(model).values()))
@@ -1310,39 +1318,6 @@ def recognise(model, state):
         ranked += [((hit, bool(AVERAGED.search(prefix)), prefix == ""), form, prefix)
                    for prefix, hit in hits.items()]
     return max(ranked, key=lambda entry: entry[0], default=(0, None, ""))[1:]
-
-
-def match(model, state, form):
-    """-> {our name: their names} of what fits, the same of another shape, what the file lacks. A
-    Linear, a Conv1d and a 1x1 convolution hold the same matrix: axes of size 1 do not count."""
-    found, misfits, missing = {}, {}, []
-    names_of = form.names(model)
-    for key, target in model.state_dict().items():
-        names = names_of.get(key, [])
-        if names and all(name in state for name in names):
-            part = target.chunk(len(names))[0] if len(names) > 1 else target
-            fits = all(state[name].squeeze().shape == part.squeeze().shape for name in names)
-            (found if fits else misfits)[key] = names
-        elif not key.endswith(COUNTERS):
-            missing.append(key)
-    return found, misfits, missing
-
-
-def settle_head(model, state, found, misfits, missing):
-    """-> the head's names that stay fresh: a classifier of another class count alone; a head that
-    the file lacks, or has of another kind, as a whole, although single tensors may fit."""
-    head = [key for key in model.state_dict() if key.startswith("head.")]
-    fresh = [key for key in misfits if key.startswith(("head.classifier.", "head.fc."))]
-    other = any(key in misfits and key not in fresh for key in head)
-    absent = not any(key in found or key in fresh for key in head)
-    lacking = any(key in missing for key in head)
-    left = any(HEADS.match(name) for name in unused(state, found | misfits))
-    if other or absent or lacking and left:
-        for key in head:
-            found.pop(key, None)
-            misfits.pop(key, None)
-        fresh = [key for key in head if not key.endswith(COUNTERS)]
-    return fresh
 
 
 def unused(state, used):

@@ -1203,9 +1203,8 @@ def test_weights_of_other_kinds_or_not_finite_are_named(tmp_path):
 def test_mmsegmentations_own_mit():
     """q, k and v are one tensor there, and its head is another one: it stays fresh."""
     ours, state = copy.deepcopy(small("segformer_b0")), {}
-    for key, [theirs] in FORMATS["mmsegmentation SegFormer encoder"].names(ours).items():
-        value = fill(theirs, ours.state_dict()[key].shape)
-        joined = "backbone." + theirs.replace("in_q.", "in_proj_").replace("in_kv.", "in_proj_")
+    for theirs, value in reference_state(ours, FORMATS["mmsegmentation SegFormer encoder"].names(ours)).items():
+        joined = "backbone." + re.sub("in_[qkv].", "in_proj_", theirs)
         if "in_proj_" in joined:
             value = value.flatten(1) if value.ndim > 1 else value
             value = torch.cat([state[joined], value]) if joined in state else value
