@@ -43,6 +43,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets import Cityscapes
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -638,10 +639,9 @@ def random_color(rng):
 def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
     """A distortion of colours and ImageNet's normalisation, of RGB in 0..255. -> float32 (3, 4)
 
-    Brightness is added (of 255), contrast and saturation are factors, hue is an angle in radians:
-    x -> A (x + brightness) with A = contrast * Y^-1 diag(1, saturation * rotation(hue)) Y and
-    Y = RGB -> YIQ (the NTSC matrix). mmseg's PhotoMetricDistortion computes in HSV; in YIQ all of
-    it is linear, so that the contrast may come before or after (mmseg tosses a coin for the order).
+    x -> A (x + brightness) with A = contrast * Y^-1 diag(1, saturation * rotation(hue, radians)) Y
+    and Y = RGB -> YIQ (the NTSC matrix). mmseg's PhotoMetricDistortion computes in HSV; in YIQ all
+    is linear: the contrast may come before or after (mmseg tosses a coin for the order).
     """
     cos, sin = saturation * math.cos(hue), saturation * math.sin(hue)
     matrix = contrast * RGB @ [[1, 0, 0], [0, cos, -sin], [0, sin, cos]] @ YIQ
@@ -659,18 +659,17 @@ def normalise(images, colour=None):
     image is, so that its padding becomes 0. Colours are clipped once, at the end.
     -> (B, 3, H, W), channels_last
     """
-    mean, std = MEAN.flatten().tolist(), STD.flatten().tolist()
+    images = images.float()
     if colour is None:
-        images = images.float()
         for c, (scale, shift) in enumerate(zip(1 / (255 * STD), MEAN / STD)):
             images[..., c, :, :].mul_(scale.item()).sub_(shift.item())    # on a GPU no upload
         return images
-    planes, colour = images.float(), colour[..., None, None]
-    out = colour[:, :, 3] * planes[:, 3:]
+    colour = colour[..., None, None]
+    out = colour[:, :, 3] * images[:, 3:]
     for k in range(3):
-        out.addcmul_(colour[:, :, k], planes[:, k:k + 1])
-    for c in range(3):
-        out[:, c].clamp_(-mean[c] / std[c], (1 - mean[c]) / std[c])
+        out.addcmul_(colour[:, :, k], images[:, k:k + 1])
+    for c, (mean, std) in enumerate(zip(MEAN.flatten().tolist(), STD.flatten().tolist())):
+        out[:, c].clamp_(-mean / std, (1 - mean) / std)
     return out.contiguous(memory_format=torch.channels_last)
 
 
@@ -707,12 +706,9 @@ def training_view(image, labels, crop, rng, scale=(0.5, 2.0), base=None):
     patch = torch.from_numpy(labels.take(rows, 0).take(columns, 1))
     if rng.random() < 0.5:
         part, patch = part.flip(-1), patch.flip(-1)
-    view = torch.zeros(4, crop, crop, dtype=torch.uint8)
-    view[:3, :shape[0], :shape[1]] = part
-    view[3, :shape[0], :shape[1]] = 1
-    target = torch.full((crop, crop), IGNORED, dtype=torch.uint8)
-    target[:shape[0], :shape[1]] = patch
-    return view, target, color_matrix(*random_color(rng))
+    padding = 0, crop - shape[1], 0, crop - shape[0]
+    view = F.pad(torch.cat([part, torch.ones_like(part[:1])]), padding)
+    return view, F.pad(patch, padding, value=IGNORED), color_matrix(*random_color(rng))
 
 
 def _resized_part(image, corner, shape, step, unit):
@@ -744,16 +740,11 @@ class Layout(NamedTuple):
     masks: str
     splits: tuple = ("train", "val")    # names of the folders for training and validation
     ids: dict | None = None             # {id in a mask: class}, if the usual rule does not hold
-    classes: tuple = ()                 # the names of these classes
+    classes: list | None = None         # the names of these classes
 
 
-# Of each class of Cityscapes its id in the labelIds masks, its colour and its name.
-CITY_IDS, CITY_COLORS, CITY_NAMES = zip(*[row.split(" ", 2) for row in (
-    "7 804080 road|8 f423e8 sidewalk|11 464646 building|12 66669c wall|13 be9999 fence|"
-    "17 999999 pole|19 faaa1e traffic light|20 dcdc00 traffic sign|21 6b8e23 vegetation|"
-    "22 98fb98 terrain|23 4682b4 sky|24 dc143c person|25 ff0000 rider|26 00008e car|"
-    "27 000046 truck|28 003c64 bus|31 005064 train|32 0000e6 motorcycle|33 770b20 bicycle"
-).split("|")])
+CITY = [row for row in Cityscapes.classes if 0 <= row.train_id < IGNORED]    # the 19 to be learned
+CITY_NAMES = [row.name for row in CITY]
 
 LAYOUTS = {
     "ADE20K": Layout("images/{}/*", "annotations/{}/*", ("training", "validation")),
@@ -763,10 +754,10 @@ LAYOUTS = {
     "a folder for each split": Layout("{}/images/*", "{}/masks/*"),
     "Cityscapes with labelTrainIds": Layout(
         "leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelTrainIds",
-        ids={k: k for k in range(19)}, classes=CITY_NAMES),
+        ids={row.train_id: row.train_id for row in CITY}, classes=CITY_NAMES),
     "Cityscapes": Layout(
         "leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelIds",
-        ids={int(i): k for k, i in enumerate(CITY_IDS)}, classes=CITY_NAMES),
+        ids={row.id: row.train_id for row in CITY}, classes=CITY_NAMES),
 }
 
 
@@ -790,15 +781,14 @@ class FolderSegmentation(EpochDataset):
         layout = LAYOUTS[self.layout]
         self.paths, self.problems = pair(self.root, layout, split)
         if self.problems and strict:
-            raise UserError(f"{self.problems[0]} (one of {len(self.problems)} such files, which "
-                            "python data.py PATH lists)")
+            raise UserError(f"{self.problems[0]} (one of {len(self.problems)}; data.py lists them)")
         self.all_paths = list(self.paths)
         with suppress(UserError):      # a split that is not there, or is not asked for
             self.all_paths += pair(self.root, layout, "val" if split == "train" else "train")[0]
         self._set_labels(layout, zero_is_class, classes)
         self.colors = distinct_colors(self.num_classes)
-        if self.classes == list(CITY_NAMES):
-            self.colors = np.array([list(bytes.fromhex(c)) for c in CITY_COLORS], np.uint8)
+        if self.classes == CITY_NAMES:
+            self.colors = np.array([row.color for row in CITY], np.uint8)
 
     def _set_labels(self, layout, zero_is_class, classes):
         """The classes, and the label of each id in a mask."""
@@ -806,22 +796,20 @@ class FolderSegmentation(EpochDataset):
         if ids and zero_is_class:
             raise UserError(f"--zero-is-class: {shown(self.root)} has a label map, which says the "
                             "class of id 0 as well; leave the flag out")
+        self.first_id = 0 if ids or zero_is_class else 1
+        self.rule = ("id k of a mask is class k, 255 is ignored",
+                     "id k of a mask is class k-1, 0 and 255 are ignored")[self.first_id]
         if ids:
             self.rule = "a label map says which class an id of a mask is, other ids are ignored"
-        elif zero_is_class:
-            self.rule = "id k of a mask is class k, 255 is ignored"
-        else:
-            self.first_id = 1
-            self.rule = "id k of a mask is class k-1, 0 and 255 are ignored"
-        names = (classes or read_classes(self.root, zero_is_class)
-                 or list(layout.classes if ids == layout.ids else ()))
-        if ids:
-            last = max(ids.values())
-        elif not names:
-            last = self._largest_id() - self.first_id
-        names = names or [f"class {k}" for k in range(last + 1)]
-        if ids and last >= len(names):
-            raise UserError(f"{shown(self.root)}: class {last} of the label map is beyond the "
+        names = classes or read_classes(self.root, zero_is_class)
+        if not names and ids == layout.ids:
+            names = layout.classes
+        count = max(ids.values()) + 1 if ids else 0
+        if not names and not ids:
+            count = self._largest_id() + 1 - self.first_id
+        names = names or [f"class {k}" for k in range(count)]
+        if count > len(names):
+            raise UserError(f"{shown(self.root)}: class {count - 1} of the label map is beyond the "
                             f"{len(names)} classes (0 is the first); correct one of them")
         self.classes, self.num_classes = names, len(names)
         # -1 is an error; ids that do not fit into 16 bits are looked up in the last place.
@@ -855,9 +843,8 @@ class FolderSegmentation(EpochDataset):
         mask = read_mask(path)
         labels = self.table.take(mask if mask.dtype == np.uint8 else mask.clip(-1, 2 ** 16))
         if labels.min() < 0:
-            raise UserError(f"{shown(path)}: label id {mask[labels < 0][0]} is beyond the "
-                            f"{self.num_classes} classes ({self.rule}); correct the mask or the "
-                            "class names, or add a label_map.json")
+            raise UserError(f"{shown(path)}: id {mask[labels < 0][0]} is beyond the classes, "
+                            f"{self.num_classes} ({self.rule}); correct it or add a label_map.json")
         return labels.astype(np.uint8)
 
     def fingerprint(self):
@@ -878,9 +865,9 @@ class FolderSegmentation(EpochDataset):
     def check(self, counts=None, limit=100):
         """-> notes on what is odd about the labels of this split, a line each.
 
-        counts: of pixels of each label, (256,); those of `limit` masks, evenly spread, if None. No
-        labelled pixel, or a single class to learn, is a UserError; so is (without counts) a file to
-        validate on that cannot be used, as it would end a run after its first epoch.
+        counts: of pixels of each label, (256,); without them, those of `limit` masks, evenly
+        spread, and every file to validate on is looked at: a bad one would end a run after its
+        first epoch. UserError for such a file, and for labels from which nothing can be learned.
         """
         where = ""
         if counts is None:
@@ -892,17 +879,16 @@ class FolderSegmentation(EpochDataset):
                 if np.count_nonzero(counts[:IGNORED]) > 1:
                     break
         names = [shown(name) for name in self.classes]
-        seen = [name for name, count in zip(names, counts) if count]
         missing = [name for name, count in zip(names, counts) if not count]
-        if len(seen) < (2 if self.split == "train" else 1):
-            found = f"only '{seen[0]}'" if seen else "no class"
+        seen = len(names) - len(missing)
+        if seen < (2 if self.split == "train" else 1):
             advice = 'masks of 0 and 255 need a label_map.json {"0": 0, "255": 1}'
             if self.ids:
                 advice = "correct the map"
             elif self.first_id:
                 advice = f"--zero-is-class makes a class of id 0, and {advice}"
-            raise UserError(f"{shown(self.root)}: {found} is in the masks of {self.split} "
-                            f"({self.rule}); {advice}")
+            raise UserError(f"{shown(self.root)}: {seen or 'no'} class in the masks of "
+                            f"{self.split} ({self.rule}); {advice}")
         notes = []
         if (share := counts[IGNORED] / counts.sum()) > 0.5:
             notes.append(f"{100 * share:.0f} % of the pixels{where} are ignored")
@@ -912,8 +898,8 @@ class FolderSegmentation(EpochDataset):
         if missing and names[0] == "class 0" and not self.ids:
             notes.append("the ids in the masks skip; a label_map.json {id: class} makes them dense")
         if self.first_id and names[-1] in missing and UNNAMED.fullmatch(names[0]):
-            notes.append(f"the last class does not occur, and the first is '{names[0]}': if it is "
-                         "id 0 of the masks, leave it out of the names, or pass --zero-is-class")
+            notes.append(f"the first class is '{names[0]}', the last does not occur: if that is id "
+                         "0 of the masks, leave it out of the names, or pass --zero-is-class")
         return [f"{self.split}: {note}" for note in notes]
 
 
@@ -930,14 +916,14 @@ def find_layout(root):
         raise UserError(f"{shown(root)}: no such folder")
 
     def parts(name):
-        """How many of its four folders have files of the layout, and how many are begun."""
-        layout = LAYOUTS[name]
-        paths = [pattern.format(split)
-                 for pattern, split in itertools.product(layout[:2], layout.splits)]
-        folders = [(root / path).parent for path in paths]
-        files = [any(Path(file).match(Path(path).name + ".*") for file in files_below(folder))
-                 for path, folder in zip(paths, folders) if folder.is_dir()]
-        return sum(files), sum((root / path.split("/")[0]).is_dir() for path in paths)
+        """How many of its four folders have files of the layout, and how many are there."""
+        layout, full, there = LAYOUTS[name], 0, 0
+        for pattern, split in itertools.product(layout[:2], layout.splits):
+            folder, name = os.path.split(root / pattern.format(split))
+            if os.path.isdir(folder):
+                there += 1
+                full += any(Path(file).match(name + ".*") for file in files_below(folder))
+        return full, there
 
     best = max(LAYOUTS, key=parts)
     if not any(parts(best)):
@@ -952,12 +938,11 @@ def pair(root, layout, split):
     image, mask = (root / pattern.format(split) for pattern in (layout.images, layout.masks))
     images = scan(image.parent, IMAGE_FILES, image.name[1:])
     masks = scan(mask.parent, MASK_FILES, mask.name[1:])
-    # What the masks' stems have after their images', as in IMG_1_mask.png beside IMG_1.jpg.
-    first = next(iter(masks))
-    ends = ["", *(first[len(stem):] for stem in images if first.startswith(stem))]
-    if any(stem in masks for stem in images):
-        ends = [""]
-    end = max(ends, key=lambda end: sum(stem + end in masks for stem in images))
+    end = ""    # what the masks' stems have after their images', as in IMG_1_mask.png of IMG_1.jpg
+    if not images.keys() & masks.keys():
+        first = next(iter(masks))
+        ends = [first[len(stem):] for stem in images if first.startswith(stem)]
+        end = max(ends, key=lambda end: sum(stem + end in masks for stem in images), default="")
     masks = {stem.removesuffix(end): path for stem, path in masks.items()}
     for files, others, wanted in ((images, masks, f"mask {layout.masks.format(split)}{end}.png"),
                                   (masks, images, f"image {layout.images.format(split)}.*")):
@@ -967,7 +952,7 @@ def pair(root, layout, split):
 
 
 def read_classes(root, zero_is_class):
-    """Class names of id2label.json or else of ADE20K's objectInfo150.txt; None without either.
+    """Class names of id2label.json or else of ADE20K's objectInfo150.txt; [] without either.
 
     id2label.json: {"0": "wall", ...}, ["wall", ...], {"wall": 0, ...} or a config.json of the
     Hugging Face hub, with the classes' numbers and not the masks' ids.
@@ -975,29 +960,25 @@ def read_classes(root, zero_is_class):
     path, info = root / "id2label.json", root / "objectInfo150.txt"
     if not path.exists():
         if not info.is_file():
-            return None
+            return []
         lines = read_text(info, str.splitlines)[1:151]    # Idx  Ratio  Train  Val  [Stuff]  Name
         names = [line.split("\t")[-1].strip() for line in lines if line.strip()]
-        return ["other"] * zero_is_class + names
+        return ["other", *names] if zero_is_class else names
     table, names = read_json(path), {}
     if isinstance(table, dict):
         table = table.get("id2label", table)
     if isinstance(table, list):
         table = dict(enumerate(table))
     with suppress(ValueError, TypeError, AttributeError):
-        for key, value in table.items():
-            if type(value) is int:
-                key, value = value, key
-            names[int(key)] = value
-    if not 0 < len(names) < IGNORED or sorted(names) != list(range(len(table))):
-        raise UserError(f'{shown(path)}: must be {{"0": "name", "1": "name", ...}}, with each id '
-                        "from 0 on once, without a gap, for at most 254 classes")
-    for k, name in names.items():
-        one_line = isinstance(name, str) and len(name.strip().splitlines()) == 1
-        if not one_line or len(name) > 200:
-            raise UserError(f"{shown(path)}: the name of class {k} is {shown(repr(name)[:60])}; a "
-                            "name is one line of text, not empty, of at most 200 characters")
-    return [names[k].strip() for k in range(len(names))]
+        for key, name in table.items():
+            if type(name) is int:
+                key, name = name, key
+            names[int(key)] = name.strip()
+    if (not 0 < len(names) < IGNORED or sorted(names) != list(range(len(table)))
+            or any(len(name.splitlines()) != 1 or len(name) > 200 for name in names.values())):
+        raise UserError(f'{shown(path)}: must be {{"0": "name", "1": "name", ...}} without a gap, '
+                        "for at most 254 classes; a name has one line, of 1 to 200 characters")
+    return [names[k] for k in range(len(names))]
 
 
 def label_ids(root, layout):
