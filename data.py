@@ -843,8 +843,8 @@ class FolderSegmentation(EpochDataset):
         mask = read_mask(path)
         labels = self.table.take(mask if mask.dtype == np.uint8 else mask.clip(-1, 2 ** 16))
         if labels.min() < 0:
-            raise UserError(f"{shown(path)}: id {mask[labels < 0][0]} is beyond the classes, "
-                            f"{self.num_classes} ({self.rule}); correct it or add a label_map.json")
+            raise UserError(f"{shown(path)}: id {mask[labels < 0][0]} is beyond the {self.num_classes} "
+                            f"classes ({self.rule}); correct it, or add a label_map.json")
         return labels.astype(np.uint8)
 
     def fingerprint(self):
@@ -919,10 +919,10 @@ def find_layout(root):
         """How many of its four folders have files of the layout, and how many are there."""
         layout, full, there = LAYOUTS[name], 0, 0
         for pattern, split in itertools.product(layout[:2], layout.splits):
-            folder, name = os.path.split(root / pattern.format(split))
+            folder, ending = os.path.split(root / pattern.format(split))
             if os.path.isdir(folder):
                 there += 1
-                full += any(Path(file).match(name + ".*") for file in files_below(folder))
+                full += any(Path(file).match(ending + ".*") for file in files_below(folder))
         return full, there
 
     best = max(LAYOUTS, key=parts)
@@ -1214,34 +1214,31 @@ def validation_files(folder, classes):
     """{class: [paths]} of val/, flat as the official one or in folders; classes: train/'s."""
     annotations, files = folder / "val_annotations.txt", {}
     if annotations.exists() and (folder / "images").is_dir():
-        for line in read_text(annotations, str.splitlines):
-            if line.strip():
-                name, label, *_ = [*line.split("\t"), ""]
-                files.setdefault(label, []).append(folder / "images" / name)
+        for line in filter(str.strip, read_text(annotations, str.splitlines)):
+            name, label, *_ = [*line.split("\t"), ""]
+            files.setdefault(label, []).append(folder / "images" / name)
     else:
         files = class_folders(folder)
     for name in sorted(files.keys() ^ set(classes)):
-        raise UserError(f"{shown(folder)}: class {shown(name)} is in one of train/ and val/ only; "
-                        "both need the same classes, as folders or in val/val_annotations.txt "
-                        "(each line: FILE, a tab, CLASS)")
+        raise UserError(f"{shown(folder)}: class {shown(name)} is not in both train/ and val/, "
+                        "which need the same classes (val_annotations.txt: lines of FILE, a tab, CLASS)")
     return files
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
-GAP, LINE = 8, 22                                                          # of a contact sheet
-# Of a plot: the colours of its series; where the label of a point may stand (the text's anchor, the
-# direction from the point)
+GAP, LINE = 8, 22                # of a contact sheet
 INKS = ("#1f5fbf", "#d0442f", "#2f8f4f", "#8a4fb0", "#b07800", "#555555", "#1798a6", "#c2378f")
+# Where the label of a point may stand in a plot: the text's anchor, the direction from the point.
 AROUND = (("lm", 1, 0), ("rm", -1, 0), ("ms", 0, -1), ("mt", 0, 1),
           ("lm", 1, -1), ("lm", 1, 1), ("rm", -1, -1), ("rm", -1, 1))
+ROUND = [k * 10.0 ** n for n, k in itertools.product(range(-30, 300), (1, 2, 5))]
 
 
 def distinct_colors(count):
     """(count, 3) uint8, none of them dark or light: each as far as possible, in nearly CIELAB's
     distances, from those before it and from black (ignored)."""
-    levels = np.linspace(0, 1, 12)
-    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    grid = np.indices((12, 12, 12)).reshape(3, -1).T / 11
     to_xyz = np.array([[0.434, 0.376, 0.190], [0.213, 0.715, 0.072], [0.018, 0.109, 0.873]])
     x, y, z = np.cbrt(to_xyz @ (grid ** 2.2).T)
     lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
@@ -1269,38 +1266,34 @@ def fitted(picture, side=320):
     return np.array(picture.resize(size, how, reducing_gap=3.0))
 
 
-def contact_sheet(rows, path, titles=(), classes=(), colors=(), side=320):
-    """Write rows of pictures, each `fitted`, as a PNG on white.
+def contact_sheet(rows, path, titles, classes, colors, side=320):
+    """Write rows of pictures, each `fitted`, under the titles of the columns, as a PNG on white.
 
-    titles: above the columns. classes, colors: of the legend at the bottom; where the pictures are
-    labels, it has those that occur in them.
+    classes, colors: of the legend at the bottom, which has those that occur if pictures are labels.
     """
     rows = [[fitted(picture, side) for picture in row] for row in rows]
-    pictures, font, legend = sum(rows, []), ImageFont.load_default(14), []
-    if len(colors):
-        labels = [picture.ravel() for picture in pictures if picture.ndim == 2]
-        seen = np.unique(np.concatenate(labels)) if labels else range(len(classes))
-        legend = [(classes[k], tuple(map(int, colors[k]))) for k in seen if k < len(classes)]
-        legend.append(("ignored", (0, 0, 0)))
+    pictures, font = sum(rows, []), ImageFont.load_default(14)
+    labels = [picture.ravel() for picture in pictures if picture.ndim == 2]
+    seen = np.unique(np.concatenate(labels)) if labels else range(len(classes))
+    legend = [(classes[k], tuple(colors[k])) for k in seen if k < len(classes)]
+    legend.append(("ignored", (0, 0, 0)))
     step = max(picture.shape[1] for picture in pictures) + GAP
     width = max(200, GAP + step * max(len(row) for row in rows))
-    bottoms = np.cumsum([LINE, *(max(len(picture) for picture in row) + GAP for row in rows)])
-    columns = width // 190    # of the legend
-    height = int(bottoms[-1]) + LINE * math.ceil(len(legend) / columns)
-    sheet = Image.new("RGB", (width, height), "white")
+    columns, top = width // 190, LINE    # of the legend; of the first row
+    sheet = Image.new("RGB", (width, LINE + len(rows) * (side + GAP) + len(legend) * LINE), "white")
     draw = ImageDraw.Draw(sheet)
     for k, title in enumerate(titles):
         draw.text((GAP + k * step, 2), title, "black", font)
-    for row, top in zip(rows, bottoms):
+    for row in rows:
         for k, picture in enumerate(row):
-            if picture.ndim == 2:
-                picture = colorize(picture, colors)
-            sheet.paste(Image.fromarray(picture), (GAP + k * step, int(top)))
+            picture = colorize(picture, colors) if picture.ndim == 2 else picture
+            sheet.paste(Image.fromarray(picture), (GAP + k * step, top))
+        top += max(len(picture) for picture in row) + GAP
     for k, (name, color) in enumerate(legend):
-        x, y = GAP + k % columns * (width // columns), bottoms[-1] + k // columns * LINE
+        x, y = GAP + k % columns * (width // columns), top + k // columns * LINE
         draw.rectangle((x, y, x + 22, y + 15), color, "black")
         draw.text((x + 28, y - 1), drawable(name, font, width // columns - 40), "black", font)
-    sheet.save(path, "PNG")
+    sheet.crop((0, 0, width, y + LINE)).save(path, "PNG")
 
 
 def drawable(text, font, width):
@@ -1312,17 +1305,13 @@ def drawable(text, font, width):
 
 
 def ticks(low, high, log=False):
-    """Some round numbers that enclose a range: a step of 1, 2 or 5 times a power of 10 apart; or,
-    for a logarithmic axis, such numbers themselves."""
-    if log:
-        marks = [k * 10.0 ** n for n in range(-12, 16) for k in (1, 2, 5)]
-        first, last = np.searchsorted(marks, low, "right") - 1, np.searchsorted(marks, high)
-        return marks[first:max(last, first + 1) + 1]
-    span = high - low or abs(high) or 1
-    power = 10.0 ** math.floor(math.log10(span / 2))
-    step = power * next(k for k in (1, 2, 5, 10) if span <= 5 * k * power)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [k * step for k in range(first, max(last, first + 1) + 1)]
+    """Round numbers that enclose a range: multiples of one, or, for a logarithmic axis, several."""
+    marks = ROUND
+    if not log:
+        step = ROUND[np.searchsorted(ROUND, (high - low or abs(high) or 1) / 5)]
+        marks = [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 2)]
+    first, last = np.searchsorted(marks, low, "right") - 1, np.searchsorted(marks, high)
+    return marks[first:max(last, first + 1) + 1]
 
 
 def plot(path, series, x_label, y_label, lines=True):
@@ -1334,13 +1323,11 @@ def plot(path, series, x_label, y_label, lines=True):
     left, top, right, bottom, font = 120, 80, 1390, 850, ImageFont.load_default(26)
     sheet = Image.new("RGB", (1440, 960), "white")
     draw = ImageDraw.Draw(sheet)
-    series = {name: [p for p in points if math.isfinite(p[0] + p[1])]
+    series = {name: [(*p, *("", 0)[len(p) - 2:]) for p in points if math.isfinite(p[0] + p[1])]
               for name, points in series.items()}
-    values = [(p[0], p[1] + sum(p[3:])) for p in sum(series.values(), [])]
-    values += [(p[0], p[1] - sum(p[3:])) for p in sum(series.values(), [])]
-    values = np.array(values or [(1, 0)], float)
-    low, high = values.min(0), values.max(0)
-    xs, ys = ticks(low[0], high[0], log=not lines), ticks(low[1], high[1])
+    points = sum(series.values(), [])
+    x, y, spread = np.array([(x, y, spread) for x, y, _, spread in points] or [(1, 0, 0)]).T
+    xs, ys = ticks(x.min(), x.max(), not lines), ticks((y - spread).min(), (y + spread).max())
     scale = np.asarray if lines else np.log10
 
     def place(x, y):
@@ -1363,25 +1350,24 @@ def plot(path, series, x_label, y_label, lines=True):
         name = drawable(name, font, 300)
         draw.text((end, top - 24), name, ink, font, "rs")
         end -= font.getlength(name) + 40
-        spots = [place(*p[:2]) for p in points]
-        if lines and len(spots) > 1:
-            draw.line(spots, ink, 5, "curve")
-        else:
-            for p, (x, y) in zip(points, spots):
-                draw.ellipse((x - 8, y - 8, x + 8, y + 8), ink)
-                ends = [place(p[0], p[1] + sign * sum(p[3:])) for sign in (-1, 1)]
-                draw.line(sum(ends, ()), ink, 4)
-        labels += [(*spot, p[2], ink) for spot, p in zip(spots, points) if len(p) > 2]
+        if lines and len(points) > 1:
+            draw.line([place(x, y) for x, y, *_ in points], ink, 5, "curve")
+            continue
+        for x, y, label, spread in points:
+            draw.line((*place(x, y - spread), *place(x, y + spread)), ink, 4)
+            x, y = place(x, y)
+            draw.ellipse((x - 8, y - 8, x + 8, y + 8), ink)
+            labels.append((x, y, drawable(label, font, 400), ink))
     for x, y, text, ink in labels:
-        text = drawable(text, font, 400)
         # The nearest place where there is nothing so far, or the last; a line leads there.
         for far, (anchor, dx, dy) in itertools.product(range(20, 240, 20), AROUND):
             spot = x + far * dx, y + far * dy
-            box = sheet.crop(draw.textbbox(spot, text, font, anchor, stroke_width=8))
-            if min(darkest for darkest, _ in box.getextrema()) >= 228:
+            box = draw.textbbox(spot, text, font, anchor, stroke_width=8)
+            if np.min(sheet.crop(box)) >= 228:
                 break
-        draw.line((x, y, *spot), ink, 2)
-        draw.text(spot, text, ink, font, anchor)
+        if text:
+            draw.line((x, y, *spot), ink, 2)
+            draw.text(spot, text, ink, font, anchor)
     sheet = sheet.reduce(2)      # drawn at twice the size, as Pillow's edges are hard
     if path:
         sheet.save(path, "PNG")
@@ -1408,9 +1394,9 @@ def some(items, count):
 
 def open_splits(root, zero_is_class):
     """{split: dataset} of a folder, whose layout and label rule it prints, or of Shapes."""
+    if not root and zero_is_class:
+        raise UserError("--zero-is-class: no effect without a folder of masks; leave it out")
     if not root:
-        if zero_is_class:
-            raise UserError("--zero-is-class: no effect without a folder of masks; leave it out")
         return {split: Shapes(split) for split in ("train", "val")}
     layout, datasets, classes = LAYOUTS[find_layout(root)], {}, None
     splits = [split for split, name in zip(("train", "val"), layout.splits)
