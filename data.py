@@ -707,7 +707,8 @@ def training_view(image, labels, crop, rng, scale=(0.5, 2.0), base=None):
     if rng.random() < 0.5:
         part, patch = part.flip(-1), patch.flip(-1)
     padding = 0, crop - shape[1], 0, crop - shape[0]
-    view = F.pad(torch.cat([part, torch.ones_like(part[:1])]), padding)
+    view = F.pad(part, (*padding, 0, 1))
+    view[3, :shape[0], :shape[1]] = 1
     return view, F.pad(patch, padding, value=IGNORED), color_matrix(*random_color(rng))
 
 
@@ -804,9 +805,14 @@ class FolderSegmentation(EpochDataset):
         names = classes or read_classes(self.root, zero_is_class)
         if not names and ids == layout.ids:
             names = layout.classes
-        count = max(ids.values()) + 1 if ids else 0
+        count = max(ids.values()) + 1 if ids else 1
         if not names and not ids:
-            count = self._largest_id() + 1 - self.first_id
+            # The masks of both splits, which must agree on the classes.
+            for _, path in progress(self.all_paths, "looking for class ids"):
+                with suppress(UserError):    # it is reported when it is read for its pixels
+                    mask = read_mask(path)
+                    largest = int(mask.max(initial=0, where=mask < IGNORED))
+                    count = max(count, largest + 1 - self.first_id)
         names = names or [f"class {k}" for k in range(count)]
         if count > len(names):
             raise UserError(f"{shown(self.root)}: class {count - 1} of the label map is beyond the "
@@ -817,15 +823,6 @@ class FolderSegmentation(EpochDataset):
         self.table[[0, IGNORED]] = IGNORED
         ids = ids or {k + self.first_id: k for k in range(self.num_classes)}
         self.table[list(ids)] = list(ids.values())
-
-    def _largest_id(self):
-        """In the masks of both splits, which must agree on the classes."""
-        largest = self.first_id
-        for _, path in progress(self.all_paths, "looking for class ids"):
-            with suppress(UserError):    # it is reported when it is read for its pixels
-                mask = read_mask(path)
-                largest = max(largest, int(mask.max(initial=0, where=mask < IGNORED)))
-        return largest
 
     def __getitem__(self, key):
         index, rng = self.draw(key)
@@ -843,8 +840,9 @@ class FolderSegmentation(EpochDataset):
         mask = read_mask(path)
         labels = self.table.take(mask if mask.dtype == np.uint8 else mask.clip(-1, 2 ** 16))
         if labels.min() < 0:
-            raise UserError(f"{shown(path)}: id {mask[labels < 0][0]} is beyond the {self.num_classes} "
-                            f"classes ({self.rule}); correct it, or add a label_map.json")
+            bad, count = mask[labels < 0][0], self.num_classes
+            raise UserError(f"{shown(path)}: id {bad} is beyond the {count} classes ({self.rule}); "
+                            "correct it, or add a label_map.json")
         return labels.astype(np.uint8)
 
     def fingerprint(self):
@@ -914,19 +912,17 @@ def find_layout(root):
     """The name of the layout of which a folder has most: images and masks, of both splits."""
     if not root.is_dir():
         raise UserError(f"{shown(root)}: no such folder")
-
-    def parts(name):
-        """How many of its four folders have files of the layout, and how many are there."""
-        layout, full, there = LAYOUTS[name], 0, 0
+    found = {}    # of each layout: how many of its folders have files of it, and how many are there
+    for name, layout in LAYOUTS.items():
+        full = there = 0
         for pattern, split in itertools.product(layout[:2], layout.splits):
             folder, ending = os.path.split(root / pattern.format(split))
             if os.path.isdir(folder):
                 there += 1
                 full += any(Path(file).match(ending + ".*") for file in files_below(folder))
-        return full, there
-
-    best = max(LAYOUTS, key=parts)
-    if not any(parts(best)):
+        found[name] = full, there
+    best = max(found, key=found.get)
+    if not any(found[best]):
         known = "; ".join(sorted({f"{row.images}, {row.masks}" for row in LAYOUTS.values()}))
         raise UserError(f"{contents(root)}: none of the layouts {known} ({{}}: a split's folder)")
     return best
@@ -965,11 +961,8 @@ def read_classes(root, zero_is_class):
         names = [line.split("\t")[-1].strip() for line in lines if line.strip()]
         return ["other", *names] if zero_is_class else names
     table, names = read_json(path), {}
-    if isinstance(table, dict):
-        table = table.get("id2label", table)
-    if isinstance(table, list):
-        table = dict(enumerate(table))
     with suppress(ValueError, TypeError, AttributeError):
+        table = dict(enumerate(table)) if isinstance(table, list) else table.get("id2label", table)
         for key, name in table.items():
             if type(name) is int:
                 key, name = name, key
@@ -1104,9 +1097,8 @@ def _paint(rng, image, labels, x, y, kind, center, radius, turn):
         8: lambda: r < 0.9,
     }[kind]()
     hue = Shapes.HUES[kind] + rng.uniform(-0.06, 0.06)
-    color = colorsys.hsv_to_rgb(hue, rng.uniform(0.6, 1), rng.uniform(0.5, 0.9))
-    texture = _texture(rng, x, y, rng.choice(["plain", "striped", "speckled"]),
-                       255 * np.array(color))
+    color = 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.6, 1), rng.uniform(0.5, 0.9)))
+    texture = _texture(rng, x, y, rng.choice(["plain", "striped", "speckled"]), color)
     image[inside] = texture[inside]
     labels[inside] = kind
 
@@ -1148,11 +1140,10 @@ class TinyImageNet(EpochDataset):
     val_annotations.txt) or restructured. The class is the position in the sorted folder names of
     train/, always. Grey images become RGB.
 
-    Training is DeiT's recipe (Touvron et al. 2021, table 9), part by part. jitter acts only without
-    rand_augment: timm drops it where an auto-augmentation is on, and so did the published runs.
-    RandAugment is torchvision's at the magnitude, fill and bicubic sampling of the recipe's
-    rand-m9-mstd0.5-inc1; it differs from timm's in these points: both of the 2 operations always
-    act (timm: each with probability 1/2), at 9 of 10 (timm: normal around 9, deviation 0.5);
+    Training is DeiT's recipe (Touvron et al. 2021, table 9), part by part; jitter acts only without
+    rand_augment, as in timm and the published runs. RandAugment is torchvision's at the magnitude,
+    fill and bicubic sampling of the recipe's rand-m9-mstd0.5-inc1. Unlike timm's, its 2 operations
+    always act (timm: each with probability 1/2), at 9 of 10 (timm: normal, deviation 0.5);
     posterize keeps 4 bits (timm: 1); the list has Identity, but neither Invert nor SolarizeAdd.
 
     Evaluation: short side to S / 0.875 (bicubic), centre S x S. At S = 64 the border of a 64 x 64
@@ -1186,9 +1177,9 @@ class TinyImageNet(EpochDataset):
 
     def fingerprint(self):
         """Names and sizes of the files of both splits, wherever they lie."""
-        train = class_folders(self.root / "train")
-        val = validation_files(self.root / "val", self.classes)
-        return fingerprint(self.root, itertools.chain(*train.values(), *val.values()))
+        files = [*class_folders(self.root / "train").values(),
+                 *validation_files(self.root / "val", self.classes).values()]
+        return fingerprint(self.root, sum(files, []))
 
     def __getitem__(self, key):
         index, rng = self.draw(key)
@@ -1220,8 +1211,8 @@ def validation_files(folder, classes):
     else:
         files = class_folders(folder)
     for name in sorted(files.keys() ^ set(classes)):
-        raise UserError(f"{shown(folder)}: class {shown(name)} is not in both train/ and val/, "
-                        "which need the same classes (val_annotations.txt: lines of FILE, a tab, CLASS)")
+        raise UserError(f"{shown(folder)}: class {shown(name)} is in train/ or in val/ only, but both "
+                        "need the same classes (val_annotations.txt: FILE, a tab, CLASS a line)")
     return files
 
 
@@ -1409,8 +1400,8 @@ def open_splits(root, zero_is_class):
     return datasets
 
 
-def read_all(split, dataset, problems, notes):
-    """Print what the items of a split hold; add to problems and notes. -> indices of good items"""
+def read_all(split, dataset, problems):
+    """Print what the items of a split hold; add to problems. -> indices of good items"""
     def measure(index):
         try:
             image, labels, _ = dataset[index]
@@ -1437,7 +1428,8 @@ def read_all(split, dataset, problems, notes):
         share, images = 100 * counts[:, k].sum() / counts.sum(), (counts[:, k] > 0).sum()
         print(f"  {stored:>11} {k:>6} {share:9.3f} {images:7}  {shown(name)}")
     try:
-        notes += dataset.check(counts.sum(0))
+        for note in dataset.check(counts.sum(0)):
+            print(f"note: {note}")
     except UserError as error:
         problems.append(str(error))
     return indices
@@ -1451,15 +1443,13 @@ def main(argv=None):
     add("--zero-is-class", action="store_true", help="id 0 of a mask is a class, not 'unlabelled'")
     add("--out", default="sheet.png", help="where the contact sheet goes (default: %(default)s)")
     args = parser.parse_args(argv)
-    problems, notes, pictures = [], [], []
+    problems, pictures = [], []
     for split, dataset in open_splits(args.path, args.zero_is_class).items():
-        for index in some(read_all(split, dataset, problems, notes), 4):
+        for index in some(read_all(split, dataset, problems), 4):
             image, labels, _ = dataset[index]
             pictures += [fitted(image.permute(1, 2, 0)), fitted(labels)]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    for note in notes:
-        print(f"note: {note}")
     if pictures:
         rows, titles = [pictures[k:k + 4] for k in range(0, len(pictures), 4)], ["image", "labels"]
         with writing("--out", args.out):
