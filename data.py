@@ -1211,8 +1211,8 @@ def validation_files(folder, classes):
     else:
         files = class_folders(folder)
     for name in sorted(files.keys() ^ set(classes)):
-        raise UserError(f"{shown(folder)}: class {shown(name)} is in train/ or in val/ only, but both "
-                        "need the same classes (val_annotations.txt: FILE, a tab, CLASS a line)")
+        raise UserError(f"{shown(folder)}: class {shown(name)} is in train/ or val/ only, both need "
+                        "the same classes (val_annotations.txt: lines of FILE, a tab, CLASS)")
     return files
 
 
