@@ -880,11 +880,11 @@ class FolderSegmentation(EpochDataset):
         missing = [name for name, count in zip(names, counts) if not count]
         seen = len(names) - len(missing)
         if seen < (2 if self.split == "train" else 1):
-            advice = 'masks of 0 and 255 need a label_map.json {"0": 0, "255": 1}'
-            if self.ids:
-                advice = "correct the map"
-            elif self.first_id:
-                advice = f"--zero-is-class makes a class of id 0, and {advice}"
+            advice = "correct the map"
+            if not self.ids:
+                advice = 'masks of 0 and 255 need a label_map.json {"0": 0, "255": 1}'
+            if self.first_id:
+                advice += "; --zero-is-class makes a class of id 0"
             raise UserError(f"{shown(self.root)}: {seen or 'no'} class in the masks of "
                             f"{self.split} ({self.rule}); {advice}")
         notes = []
@@ -1154,8 +1154,7 @@ class TinyImageNet(EpochDataset):
                  jitter=0.4, erase=0.25):
         self.root, self.seed = Path(root), seed
         files = class_folders(self.root / "train")
-        self.classes = list(files)
-        self.num_classes = len(self.classes)
+        self.classes, self.num_classes = list(files), len(files)
         if split != "train":
             files = validation_files(self.root / "val", self.classes)
         self.paths = [(path, k) for k, name in enumerate(self.classes) for path in files[name]]
@@ -1211,8 +1210,8 @@ def validation_files(folder, classes):
     else:
         files = class_folders(folder)
     for name in sorted(files.keys() ^ set(classes)):
-        raise UserError(f"{shown(folder)}: class {shown(name)} is in train/ or val/ only, both need "
-                        "the same classes (val_annotations.txt: lines of FILE, a tab, CLASS)")
+        raise UserError(f"{shown(folder)}: class {shown(name)} is not in both train/ and val/: they "
+                        "need the same classes (val_annotations.txt: FILE, a tab, CLASS a line)")
     return files
 
 
@@ -1306,18 +1305,18 @@ def ticks(low, high, log=False):
 
 
 def plot(path, series, x_label, y_label, lines=True):
-    """Draw series, {name: [(x, y), (x, y, label) or (x, y, label, spread), ...]}, as lines or else
-    as points, each with a bar from y - spread to y + spread, over a logarithmic x.
+    """Draw series, {name: [(x, y) or (x, y, label, spread), ...]}, as lines or else, over a
+    logarithmic x, as points, each with its label and a bar from y - spread to y + spread.
 
     path: where the PNG goes, or None. Points that are not finite are left out. -> Pillow's image
     """
     left, top, right, bottom, font = 120, 80, 1390, 850, ImageFont.load_default(26)
     sheet = Image.new("RGB", (1440, 960), "white")
     draw = ImageDraw.Draw(sheet)
-    series = {name: [(*p, *("", 0)[len(p) - 2:]) for p in points if math.isfinite(p[0] + p[1])]
+    series = {name: [(*p, "", 0)[:4] for p in points if math.isfinite(p[0] + p[1])]
               for name, points in series.items()}
-    points = sum(series.values(), [])
-    x, y, spread = np.array([(x, y, spread) for x, y, _, spread in points] or [(1, 0, 0)]).T
+    points = sum(series.values(), []) or [(1, 0, "", 0)]
+    x, y, spread = np.array([(x, y, spread) for x, y, _, spread in points]).T
     xs, ys = ticks(x.min(), x.max(), not lines), ticks((y - spread).min(), (y + spread).max())
     scale = np.asarray if lines else np.log10
 

@@ -2321,7 +2321,7 @@ def test_contact_sheet(tmp_path):
 def test_plot_puts_points_where_the_axes_say(tmp_path):
     assert data.ticks(0.3, 9, log=True) == [0.2, 0.5, 1, 2, 5, 10] and data.ticks(5, 5, log=True) == [5, 10]
     assert data.ticks(0.2, 29) == [0, 10, 20, 30] and data.ticks(7, 7)[0] <= 7 < data.ticks(7, 7)[-1]
-    points = {"a": [(1, 0)], "b": [(100, 4)], "c": [(10, 1)], "d\n\ud800": [(8, 3, "x" * 20000), (float("nan"), 1)]}
+    points = {"a": [(1, 0)], "b": [(100, 4)], "c": [(10, 1)], "d\n\ud800": [(8, 3, "x" * 20000, 0), (float("nan"), 1)]}
     data.plot(tmp_path / "plot.png", points, "x", "y", lines=False)
     pixels = np.array(Image.open(tmp_path / "plot.png")).astype(int)[36:440]    # without the names of the series
     origin, end, third = (np.argwhere((pixels == ink).all(2)).mean(0) for ink in (
