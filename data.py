@@ -1210,8 +1210,8 @@ def validation_files(folder, classes):
     else:
         files = class_folders(folder)
     for name in sorted(files.keys() ^ set(classes)):
-        raise UserError(f"{shown(folder)}: class {shown(name)} is not in both train/ and val/: they "
-                        "need the same classes (val_annotations.txt: FILE, a tab, CLASS a line)")
+        raise UserError(f"{shown(folder)}: class {shown(name)} is in train/ or val/ only; give both"
+                        " the same classes (in val_annotations.txt: FILE, a tab, CLASS)")
     return files
 
 
