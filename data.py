@@ -372,10 +372,10 @@ def train_loader(dataset, batch_size, processes, seed, workers, accum=1, repeats
                       persistent_workers=options["num_workers"] > 0, **options)
 
 
-def eval_loader(dataset, batch_size, processes, workers):
-    """Every index once over all ranks, without padding; a batch is a list of items of any sizes."""
+def eval_loader(dataset, batch_size, processes, workers, collate=list):
+    """Every index once over all ranks, without padding; collate: a list of items -> a batch."""
     shard = range(processes.rank, len(dataset), processes.world)
-    return DataLoader(dataset, batch_size, sampler=shard, collate_fn=list,
+    return DataLoader(dataset, batch_size, sampler=shard, collate_fn=collate,
                       **_options(workers, processes.device))
 
 

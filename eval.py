@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils.data import default_collate
 from torchvision.transforms.v2 import functional as TF
 
 import data
@@ -36,18 +37,24 @@ def naming(path):
         raise UserError(f"{data.shown(path)}: {error}") from None
 
 
+def by_size(items):
+    """Items -> batches, one for each size of images: padding would change the result."""
+    groups = {}
+    for item in items:
+        groups.setdefault(item[0].shape, []).append(item)
+    return [default_collate(group) for group in groups.values()]
+
+
 def batches(dataset, processes, batch_size, workers):
-    """Lists of the items of this process's share of a data set."""
+    """This process's share of a data set, `by_size`; images and labels are on the device."""
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False      # images of many sizes: each would be a trial
-    loader = data.eval_loader(dataset, batch_size, processes, workers)
-    yield from data.progress(loader, "evaluating", processes.rank)
+    loader = data.eval_loader(dataset, batch_size, processes, workers, by_size)
+    for groups in data.progress(loader, "evaluating", processes.rank):
+        for images, labels, *names in groups:
+            yield (images.to(processes.device, non_blocking=True),
+                   labels.to(processes.device, non_blocking=True), *names)
     torch.backends.cudnn.benchmark = benchmark
-
-
-def stacked(tensors, device):
-    """A batch, stacked on the device: on the host this would copy what lies in pinned memory."""
-    return torch.stack([tensor.to(device, non_blocking=True) for tensor in tensors])
 
 
 def refuse_not_finite(flags, names):
@@ -55,7 +62,7 @@ def refuse_not_finite(flags, names):
     finite = torch.cat(flags).tolist() if flags else []
     bad = [name for name, good in zip(names, finite) if not good]
     if bad:
-        raise UserError(f"{data.shown(bad[0])}: the model's output is not finite "
+        raise UserError(f"image {data.shown(bad[0])}: the model's output is not finite "
                         f"({len(bad)} such images); damaged weights, or too large for fp16?")
 
 
@@ -66,8 +73,7 @@ class ConfusionMatrix:
     sums stay on the device, so that the host waits for nothing until the figures are wanted."""
     def __init__(self, num_classes, device="cpu"):
         self.num_classes = num_classes
-        shape = num_classes, num_classes                        # row: label, column: prediction
-        self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     def update(self, pred, label, loss_sum=0.0):
@@ -86,11 +92,6 @@ class ConfusionMatrix:
         self.counts, self.loss_sum = self.counts.cpu(), self.loss_sum.cpu()
         return self
 
-    @property
-    def loss(self):
-        """Mean cross entropy of the labelled pixels."""
-        return (self.loss_sum / self.counts.sum()).item()
-
     def figures(self):
         """Of each class (K,), nan where there is none to count. F1 is also the Dice coefficient."""
         hits = self.counts.diag().double()
@@ -107,12 +108,15 @@ class ConfusionMatrix:
         return self.figures()["Acc"]
 
     def summary(self):
-        """{"aAcc", "mIoU", "mAcc"} in percent, of the classes that occur, and the "val_loss"."""
-        if not self.counts.any():
+        """{"aAcc", "mIoU", "mAcc"} in percent, of the classes that occur, and the "val_loss", the
+        mean cross entropy of the labelled pixels."""
+        total = self.counts.sum()
+        if not total:
             raise UserError("the masks of this split hold no labelled pixel: nothing to measure")
-        right = self.counts.diag().sum().double() / self.counts.sum()
+        right = self.counts.diag().sum().double() / total
         return {"aAcc": 100 * right.item(), "mIoU": 100 * self.iou().nanmean().item(),
-                "mAcc": 100 * self.accuracy().nanmean().item(), "val_loss": self.loss}
+                "mAcc": 100 * self.accuracy().nanmean().item(),
+                "val_loss": (self.loss_sum / total).item()}
 
     def confusions(self):
         """The three largest mistakes, [(label, prediction, share of all labelled pixels)]."""
@@ -184,36 +188,29 @@ def predict(model, image, size=None, **protocol):
     if isinstance(image, Image.Image) and image.mode[0] not in "IF":    # 16 bits would be clipped
         image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     if getattr(image, "dtype", None) != torch.uint8 or image.shape[-3] != 3:
-        raise UserError("predict takes a PIL image of 8 bits, or a uint8 tensor (3, H, W) or "
-                        "(B, 3, H, W)")
+        raise UserError("predict takes a PIL image of 8 bits, or uint8 (3, H, W) or (B, 3, H, W)")
     protocol.setdefault("short_side", getattr(model, "size", None))
     batch = image.to(next(model.parameters()).device).reshape(-1, *image.shape[-3:])
     _, classes, finite = segment(model, batch, size or image.shape[-2:], **protocol)
-    refuse_not_finite([finite], ["the image"] * len(finite))
+    refuse_not_finite([finite], range(len(finite)))
     return classes.reshape(*image.shape[:-3], *classes.shape[1:])
 
 
 @torch.inference_mode()
 def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
-    """The whole set, over all processes -> ConfusionMatrix; its .loss is that of the first view.
+    """The whole set, over all processes -> ConfusionMatrix; the loss is that of the first view.
     model: in evaluation mode. protocol: the keywords of `segment`. Errors: UserError, which names
     the image."""
     device, flags, paths = processes.device, [], []
     matrix = ConfusionMatrix(model.num_classes, device)
     criterion = layers.UpsampledCrossEntropy(data.IGNORED)
     one = torch.ones((), device=device)     # the loss of a batch is its sum; no upload for each
-    for items in batches(dataset, processes, batch_size, workers):
-        groups = {}         # images of one size go together: padding would change the result
-        for item in items:
-            groups.setdefault(item[0].shape, []).append(item)
-        for group in groups.values():
-            images, labels, names = zip(*group)
-            images, labels = stacked(images, device), stacked(labels, device)
-            with naming(names[0]):
-                logits, classes, finite = segment(model, images, labels.shape[1:], **protocol)
-            matrix.update(classes, labels, criterion(logits[0], labels, one))
-            flags.append(finite)
-            paths += names
+    for images, labels, names in batches(dataset, processes, batch_size, workers):
+        with naming(names[0]):
+            logits, classes, finite = segment(model, images, labels.shape[1:], **protocol)
+        matrix.update(classes, labels, criterion(logits[0], labels, one))
+        flags.append(finite)
+        paths += names
     refuse_not_finite(flags, paths)
     return matrix.all_reduce()
 
@@ -225,24 +222,20 @@ def evaluate_cls(model, dataset, processes, batch_size, workers, amp="off"):
     """The whole set, over all processes -> {"top1", "top5"} in percent and the mean "val_loss".
     model: in evaluation mode. Errors: as evaluate_seg's."""
     device, flags = processes.device, []
-    sums = torch.zeros(4, dtype=torch.float64, device=device)   # hits, hits in five, loss, images
-    for items in batches(dataset, processes, batch_size, workers):
-        images, labels = zip(*items)
-        images = stacked(images, device).contiguous(memory_format=torch.channels_last)
-        labels = torch.tensor(labels, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)       # hits, hits in five, loss
+    for images, labels in batches(dataset, processes, batch_size, workers):
+        images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, models.AMP[amp], enabled=amp != "off"):
             logits = model(images).float()
         found = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums[:3] += torch.stack([found[:, 0].sum(), found.any(1).sum(), loss])
-        sums[3] += len(items)
+        sums += torch.stack([found[:, 0].sum(), found.any(1).sum(), loss])
         flags.append(logits.isfinite().all(1))
-    names = [path for path, _ in getattr(dataset, "paths", [])]
-    names = names or [f"image {i}" for i in range(len(dataset))]
+    names = [path for path, _ in getattr(dataset, "paths", [])] or range(len(dataset))
     refuse_not_finite(flags, names[processes.rank::processes.world])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    top1, top5, loss, count = sums.tolist()
+    (top1, top5, loss), count = sums.tolist(), len(dataset)
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "val_loss": loss / count}
 
 
@@ -262,31 +255,29 @@ def save_samples(model, dataset, size, path):
 
 
 def picture_files(source, folder):
-    """What --images names, also in sub-folders -> {path from there, no suffix: path}, in order."""
+    """What --images names, also in sub-folders -> {path from there, no suffix: path}, in order.
+    What an earlier call drew into the folder is left out, and may be overwritten."""
+    def drawn(path):
+        return path.with_name(path.stem.removesuffix("_overlay") + "_overlay.png").exists()
+
     if not source.exists():
         raise UserError(f"--images {data.shown(source)}: no such file or folder")
-    place, target = (source if source.is_dir() else source.parent).resolve(), folder.resolve()
     files = data.scan(source, data.IMAGE_FILES) if source.is_dir() else {source.stem: source}
-    inside = [name for name, path in files.items()
-              if place in target.parents and target in path.resolve().parents]
-    there = [files.pop(name) for name in inside] + [folder / f"{name}.png" for name in files]
-    # What an earlier call drew has an overlay beside it, and may be replaced.
-    ours = [path.with_name(path.stem.removesuffix("_overlay") + "_overlay.png").exists()
-            for path in there]
-    if place == target or any(path.exists() and not our for path, our in zip(there, ours)):
+    place, target = (source if source.is_dir() else source.parent).resolve(), folder.resolve()
+    files = {name: path for name, path in files.items()
+             if target not in path.resolve().parents or not drawn(path)}
+    results = [folder / f"{name}.png" for name in files]
+    if place == target or any(path.exists() and not drawn(path) for path in results):
         raise UserError(f"--save-dir {data.shown(folder)}: the images here could be overwritten; "
                         "choose another folder")
-    if not files:
-        raise UserError(f"--images {data.shown(source)}: no images in this folder")
     return files
 
 
 def save_pictures(model, args, processes, protocol):
     """For each image, its EXIF rotation carried out: `draw`'s two pictures, and for --probabilities
     NAME.npz, soft-maxes float16 (K, h, w) at the network's resolution."""
-    folder = Path(args.save_dir)
+    folder, bad = Path(args.save_dir), []
     files = picture_files(Path(args.images), folder)
-    bad = []
     share = list(files.items())[processes.rank::processes.world]
     for name, path in data.progress(share, "drawing", processes.rank):
         try:
@@ -341,18 +332,15 @@ def arguments(argv=None):
     add("--data-path", help="data set, see data.py (default: the embedded shapes)")
     add("--split", choices=["train", "val"], default="val", help="default val")
     add("--zero-is-class", action="store_true", help="id k of a mask is class k, not class k-1")
-    add("--size", type=models.count,
-        help="short side for the network, 0: as stored (default: as trained, else 512; cls 224)")
+    add("--size", type=models.count, help="short side, 0 as stored (default as trained, else 512)")
     add("--size-divisor", type=whole, help="sides up to a multiple of this (32: +0.5 mIoU or more)")
-    add("--scales", type=models.positive, nargs="+", default=[1.0],
-        help="multi-scale test, e.g. 0.5 0.75 1 1.25 1.5 1.75 (default 1)")
+    add("--scales", type=models.positive, nargs="+", default=[1.0], help="e.g. 0.5 0.75 1 1.25 1.5")
     add("--flip", action="store_true", help="average with the mirrored image")
     add("--slide", type=whole, nargs=2, metavar=("CROP", "STRIDE"), help="average over windows")
     add("--images", help="draw this image, or all of this folder, instead of measuring")
     add("--save-dir", default="pictures", help="where --images writes (default pictures)")
     add("--probabilities", action="store_true", help="--images adds NAME.npz, float16 soft-maxes")
-    add("--json", nargs="?", const="-", metavar="FILE",
-        help="write the figures to FILE as well, or print them instead of the table")
+    add("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE too, or instead of text")
     add("--batch-size", type=whole, default=1, help="of each process (default 1)")
     add("--amp", choices=models.AMP, default="off", help="mixed precision (default off)")
     add("--workers", type=models.count, help="loader processes (default 2, on CUDA up to 8)")
@@ -373,10 +361,8 @@ def arguments(argv=None):
     return args
 
 
-def load_model(args, dataset, quiet):
-    """The model, which knows its classes, colours and ids, and the flags of its training."""
-    if args.checkpoint:
-        return models.load(args.checkpoint, fused=False)
+def load_public(args, dataset, quiet):
+    """The model of --pretrain, which knows the data set's classes, colours and ids."""
     num_classes = args.num_classes or (dataset.num_classes if dataset else None)
     model = models.build(args.model, args.task, num_classes, **models.slots_from(args))
     report = models.load_pretrained(model, args.pretrain)
@@ -388,7 +374,7 @@ def load_model(args, dataset, quiet):
     known = {"args": {"zero_is_class": args.zero_is_class}}
     if dataset:
         known |= {key: getattr(dataset, key, None) for key in ("classes", "colors", "first_id")}
-    return models.know(model, known, args.pretrain)
+    return models.know(models.fuse(model), known, args.pretrain)
 
 
 def open_dataset(args, task, trained):
@@ -403,20 +389,17 @@ def open_dataset(args, task, trained):
     root = Path(args.data_path)
     mapped = data.label_ids(root, data.find_layout(root))       # goes before the training's rule
     zero_is_class = args.zero_is_class or not mapped and trained.get("zero_is_class", False)
-    return data.FolderSegmentation(args.data_path, args.split, zero_is_class=zero_is_class)
-
-
-def rounded(percent):
-    """The two decimals that are printed; None for nan, a class that does not occur."""
-    return None if math.isnan(percent) else round(percent, 2)
+    return data.FolderSegmentation(root, args.split, zero_is_class=zero_is_class)
 
 
 def class_table(matrix, classes):
-    """{class: {"IoU": .., ...}} in percent; a name that occurs twice gets the class's number."""
+    """{class: {"IoU": .., ...}} in percent, None where there is none to count; a name that occurs
+    twice gets the class's number."""
     columns, table = matrix.figures(), {}
     for k, name in enumerate(classes):
         name = name if classes.count(name) == 1 else f"{name} ({k})"
-        table[name] = {key: rounded(100 * column[k].item()) for key, column in columns.items()}
+        row = {key: round(100 * column[k].item(), 2) for key, column in columns.items()}
+        table[name] = {key: None if math.isnan(value) else value for key, value in row.items()}
     return table
 
 
@@ -443,7 +426,7 @@ def measure(args, model, dataset, processes, protocol):
         figures, table = matrix.summary(), class_table(matrix, dataset.classes)
         result |= protocol | {"classes": table, "confusion": matrix.counts.tolist()}
     loss = figures.pop("val_loss")
-    result |= {name: rounded(value) for name, value in figures.items()} | {"loss": round(loss, 4)}
+    result |= {name: round(value, 2) for name, value in figures.items()} | {"loss": round(loss, 4)}
     if args.json and processes.rank == 0:       # first: no trouble with printing loses the figures
         data.write_json("--json", args.json, result)
     if args.json == "-" or processes.rank > 0:
@@ -465,24 +448,24 @@ def main(argv=None):
     quiet = processes.rank > 0 or args.json == "-"
     if args.json and not quiet:
         data.try_writing("--json", args.json)
-    dataset = open_dataset(args, args.task, {}) if args.pretrain and args.data_path else None
-    model = load_model(args, dataset, quiet)
-    models.no_effect(args, model.task == "cls", "on a classifier",
+    model, task, trained = None, args.task, {}
+    if args.checkpoint:
+        model = models.load(args.checkpoint)
+        task, trained = model.task, model.args
+    models.no_effect(args, task == "cls", "on a classifier",
                      "images scales flip slide size_divisor zero_is_class")
-    models.no_effect(args, model.task == "cls" and args.size == 0, "on a classifier", "size")
-    model = models.fuse(model).to(processes.device, memory_format=torch.channels_last)
+    models.no_effect(args, task == "cls" and args.size == 0, "on a classifier", "size")
+    dataset = open_dataset(args, task, trained) if args.data_path or not args.images else None
+    model = model or load_public(args, dataset, quiet)
+    model.to(processes.device, memory_format=torch.channels_last)
     short_side = (model.size or 512) if args.size is None else args.size or None
     protocol = {"short_side": short_side, "scales": args.scales, "flip": args.flip,
                 "slide": args.slide, "size_divisor": args.size_divisor, "amp": args.amp}
     if args.images:
         return save_pictures(model, args, processes, protocol)
-    dataset = dataset or open_dataset(args, model.task, model.args)
     if dataset.num_classes != model.num_classes:
-        advice = "give the data set of its training"
-        if model.task == "seg":
-            advice += ", or name all its classes in an id2label.json"
-        raise UserError(f"--data-path {args.data_path}: {dataset.num_classes} classes, but the "
-                        f"model knows {model.num_classes}; {advice}")
+        raise UserError(f"--data-path {args.data_path}: {dataset.num_classes} classes, the model "
+                        f"has {model.num_classes}; give its own data, or all names in id2label.json")
     measure(args, model, dataset, processes, protocol)
 
 

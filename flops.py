@@ -9,10 +9,8 @@
 FLOPs = 2 MACs. Taps on zero padding count; biases, norms, activations, soft-max and resizing do not
 (under 0.5 % of the FLOPs of SegFormer-B2).
 """
-import argparse
 import copy
 import fnmatch
-import json
 import math
 import re
 import time
@@ -32,27 +30,19 @@ from layers import UserError
 
 # ---- The cost model: outputs x length of each dot product ---------------------------------------
 
-def conv(m, inputs, out):
-    return out.numel() * (m.in_channels // m.groups) * math.prod(m.kernel_size)
-
-
-MACS = {
-    nn.Linear: lambda m, inputs, out: out.numel() * m.in_features,
-    nn.Conv1d: conv,
-    nn.Conv2d: conv,
-    layers.MatMul: lambda m, inputs, out: out.numel() * inputs[0].shape[-1],
-    # q kᵀ, then · v
-    layers.Attend: lambda m, inputs, out: (inputs[0].numel() + out.numel()) * inputs[1].shape[-2],
-}
+# A row of the weight, (outputs, inputs / groups, ...), is what an output is a dot product with.
+MACS = dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d),
+                     lambda m, inputs, out: out.numel() * m.weight[0].numel())
+MACS[layers.MatMul] = lambda m, inputs, out: out.numel() * inputs[0].shape[-1]
+# q kᵀ, then · v
+MACS[layers.Attend] = lambda m, qkv, out: (qkv[0].numel() + out.numel()) * qkv[1].shape[-2]
 FREE = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.GELU, nn.ReLU, nn.Identity,
-        layers.DropPath, nn.modules.dropout._DropoutNd, nn.modules.pooling._AvgPoolNd,
-        nn.modules.pooling._AdaptiveAvgPoolNd)
+        nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, layers.DropPath)
 
 # The table's part, by the word that follows stage and block in a module's name: a skip's norm goes
 # with its attention or FFN.
 PARTS = {"embed": "patch embed", "attn": "attention", "ffn": "FFN", "norm": "stage norms",
-         "head": "decoder",
-         # inside Next-ViT's blocks
+         "head": "decoder",     # and inside Next-ViT's blocks:
          "patch_embed": "patch embed", "mhca": "attention", "norm1": "attention",
          "projection": "attention", "mlp": "FFN", "mlp_norm": "FFN", "norm2": "FFN"}
 
@@ -67,11 +57,12 @@ class Count:
     rows: list
 
     def by_part(self):
-        """{part: (params, macs)}"""
+        """{part: {"params": sum, "macs": sum}}"""
         table = {}
         for row in self.rows:
-            params, macs = table.get(row["part"], (0, 0))
-            table[row["part"]] = params + row["params"], macs + row["macs"]
+            part = table.setdefault(row["part"], {"params": 0, "macs": 0})
+            for key in part:
+                part[key] += row[key]
         return table
 
 
@@ -84,8 +75,7 @@ def count(model, size=(512, 512)):
     rows = {}
     for name, module in model.named_modules():
         formula = next((MACS[c] for c in type(module).__mro__ if c in MACS), None)
-        leaf = next(module.children(), None) is None
-        if formula is None and leaf and not isinstance(module, FREE):
+        if not (formula or list(module.children()) or isinstance(module, FREE)):
             raise UserError(f"{name} ({type(module).__name__}): flops.py has no formula for this "
                             "layer; add it to MACS or FREE")
         place = re.match(r"(?:encoder\.stages\.(\d)\.(?:blocks\.\d+\.)?)?(\w*)", name)
@@ -124,8 +114,7 @@ def latency(cases, args, device):
     for name, (spec, size) in cases.items():
         model = models.build(spec.name, args.task, args.num_classes, **spec.overrides)
         model = models.fuse(model).to(device, memory_format=torch.channels_last)
-        images = torch.randn(args.batch_size, 3, *size, device=device)
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = torch.randn(args.batch_size, *size, 3, device=device).permute(0, 3, 1, 2)
         runs[name] = partial(run, torch.compile(model) if args.compile else model, images, args.amp)
         runs[name]()                # a warm-up
         table[name] = {"peak_gib": None if args.rows else data.peak_memory(device)}
@@ -160,10 +149,9 @@ def figures(spec, size, args):
     with torch.device("meta"):
         model = models.build(spec.name, args.task, args.num_classes, **spec.overrides)
     counted = count(models.fuse(model) if args.fused else model, size)
-    parts = {part: {"params": p, "macs": m} for part, (p, m) in counted.by_part().items()}
     result = {"model": str(spec), "task": args.task, "num_classes": args.num_classes,
               "size": list(size), "fused": args.fused, "params": counted.params,
-              "macs": counted.macs, "flops": 2 * counted.macs, "parts": parts}
+              "macs": counted.macs, "flops": 2 * counted.macs, "parts": counted.by_part()}
     return result if args.rows or args.sizes else result | {"rows": counted.rows}
 
 
@@ -176,26 +164,23 @@ def print_parts(result):
         print(f"{part:<{width}}{line['params']:>14,}{macs:>20,}{2 * macs:>20,}{share:>11.2f}")
 
 
+TIMES = {"ms": "median_ms", "images/s": "images_per_second", "peak GiB": "peak_gib"}
+
+
 def print_comparison(results, base):
-    """A line each: parameters and MACs, with their change from the baseline; times, if there are
-    any; MACs by part."""
-    parts = dict.fromkeys(part for result in results.values()
-                          for part, line in result["parts"].items() if line["macs"])
-    width, times = max(map(len, results)) + 2, ""
-    if any("latency" in result for result in results.values()):
-        times = f"{'ms':>10}{'images/s':>10}{'peak GiB':>10}"
-    print(f"{'model':<{width}}{'params M':>10}{'change':>9}{'GMAC':>10}{'change':>9}{'GFLOP':>10}"
-          f"{times}   GMAC by part:{''.join(f'{part:>12}' for part in parts)}")
+    """Parameters and MACs, with their change from the baseline; times, if any; GMAC by part."""
+    parts = [part for part, line in base["parts"].items() if line["macs"]]
+    times = next(iter(results.values())).get("latency", {})
+    times = {title: key for title, key in TIMES.items() if times.get(key)}
+    titles = ["params M", "change %", "GMAC", "change %", "GFLOP", *times, *parts]
+    width = max(map(len, results)) + 2
+    print(f"{'model':<{width}}" + "".join(f"{title:>12}" for title in titles))
     for name, result in results.items():
         params, macs = (100 * (result[key] / base[key] - 1) for key in ("params", "macs"))
-        if times:
-            t = result["latency"]
-            times = (f"{t['median_ms']:>10.1f}{t['images_per_second']:>10.2f}"
-                     f"{t['peak_gib'] or '-':>10}")
-        cells = [result["parts"].get(part, {"macs": 0})["macs"] / 1e9 for part in parts]
-        print(f"{name:<{width}}{result['params'] / 1e6:>10.3f}{params:>+8.1f}%"
-              f"{result['macs'] / 1e9:>10.3f}{macs:>+8.1f}%{result['flops'] / 1e9:>10.3f}{times}"
-              f"{'':16}{''.join(f'{cell:>12.3f}' for cell in cells)}")
+        cells = [result["params"] / 1e6, params, result["macs"] / 1e9, macs, result["flops"] / 1e9]
+        cells += [result["latency"][key] for key in times.values()]
+        cells += [result["parts"].get(part, {"macs": 0})["macs"] / 1e9 for part in parts]
+        print(f"{name:<{width}}" + "".join(f"{cell:12.3f}" for cell in cells))
 
 
 def draw(args, results):
@@ -224,69 +209,59 @@ def specs(text):
     """NAME, a shell's pattern of names, or NAME-SLOT=WORD-... as runs are called -> [Spec]."""
     pattern, *words = text.split("-")
     slots = dict(word.replace("+", ",").partition("=")[::2] for word in words)
-    names = fnmatch.filter(models.MODELS, pattern)
-    if not names:
-        raise argparse.ArgumentTypeError(f"{text!r}: no row of `python models.py`")
+    names = fnmatch.filter(models.MODELS, pattern) or [pattern]
     return [models.make_spec(name, **slots) for name in names]
 
 
 def read_accuracy(path):
-    """A JSON file {model: mIoU, or a list of them} -> {the model's name in the tables: list}."""
-    table = data.read_text(Path(path), json.loads)
+    """A JSON file {row: mIoU, or a list of them} -> {the row's name in the tables: list}."""
+    table, rows = data.read_json(Path(path)), {}
     try:
-        rows = {}
         for name, figures in table.items():
             [spec] = specs(name)        # one: a pattern is no row
             rows[str(spec)] = [float(value) for value in np.atleast_1d(figures)]
         if not rows or not all(rows.values()):
             raise ValueError("a figure is missing")
-        return rows
-    except (ValueError, TypeError, AttributeError, argparse.ArgumentTypeError) as error:
+    except (ValueError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"--accuracy {path}: must be {{row: mIoU, or a list}} ({error})") from None
+    return rows
 
 
 def arguments(argv=None):
     parser = models.Parser(description="Count multiply-adds and parameters; time models.")
     add, whole = parser.add_argument, models.positive_int
     models.add_model_arguments(parser)
-    add("--all", action="store_true", help="every row of `python models.py`, beside --baseline")
-    add("--rows", type=specs, nargs="+", metavar="NAME",
-        help="these rows, beside --baseline: names, 'lite_*', segformer_b0-attn=lsra-head=fpn")
-    add("--baseline", choices=list(models.MODELS), default="segformer_b2", metavar="NAME",
-        help="default segformer_b2")
-    add("--task", choices=list(models.CLASSES), default="seg", help="default seg")
+    compare = parser.add_mutually_exclusive_group().add_argument
+    compare("--all", dest="rows", action="store_const", const=[[*models.MODELS.values()]],
+            help="every row of `python models.py`, beside --baseline")
+    compare("--rows", type=specs, nargs="+", metavar="NAME",
+            help="these rows, beside --baseline: names, 'lite_*', segformer_b0-attn=lsra-head=fpn")
+    compare("--accuracy", type=read_accuracy, metavar="FILE",
+            help="the rows of a JSON {row: mIoU, or a list with one for each seed}, for --plot")
+    add("--baseline", type=models.make_spec, default="segformer_b2", help="default segformer_b2")
+    add("--task", choices=models.CLASSES, default="seg", help="default seg")
     add("--num-classes", type=whole, help="default 150 for seg, 1000 for cls")
     add("--size", type=height_width, default=(512, 512), help="512, or HEIGHTxWIDTH (default 512)")
     add("--sizes", type=height_width, nargs="+", metavar="SIZE", help="several, of one model")
     add("--fused", action="store_true", help="count with BatchNorm folded and decoder merged")
-    add("--latency", type=whole, nargs="?", const=30, metavar="RUNS",
-        help="time the inference form (default 30 runs)")
+    add("--latency", type=whole, nargs="?", const=30, metavar="RUNS", help="time the fused models")
     add("--batch-size", type=whole, default=1, help="of --latency (default 1)")
     add("--amp", choices=models.AMP, default="off", help="of --latency (default off)")
     add("--compile", action="store_true", help="of --latency: torch.compile the models")
     add("--threads", type=whole, help="of --latency, on the CPU (default: PyTorch's choice)")
     add("--device", help="of --latency: cpu, cuda or cuda:N (default: cuda if there is one)")
-    add("--plot", metavar="FILE", help="draw parameters against GMAC, a point a row, as a PNG")
-    add("--accuracy", metavar="FILE",
-        help="for --plot: mIoU as JSON {row: figure, or a list with one for each seed}")
-    add("--json", nargs="?", const="-", metavar="FILE",
-        help="write exact integers to FILE as well, or print them instead of the table")
+    add("--plot", metavar="FILE", help="draw parameters, or mIoU, against GMAC, a point a row")
+    add("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE too, or instead of text")
     args = parser.parse_args(argv)
     args.defaults = vars(parser.parse_args([]))
-    compared = args.all or args.rows or args.accuracy
-    models.no_effect(args, compared, "on a comparison", f"sizes model {' '.join(models.SLOTS)}")
-    models.no_effect(args, not compared, "without --all or --rows", "baseline plot")
+    if args.accuracy:
+        args.rows = [specs(name) for name in args.accuracy]
+    models.no_effect(args, args.rows, "on a comparison", f"sizes model {' '.join(models.SLOTS)}")
+    models.no_effect(args, not args.rows, "without --all or --rows", "baseline plot")
     models.no_effect(args, args.sizes, "with --sizes", "size")
     models.no_effect(args, not args.latency, "without --latency",
                      "batch_size amp compile threads device")
     models.no_effect(args, not args.plot, "without --plot", "accuracy")
-    models.no_effect(args, args.accuracy, "with --accuracy, whose rows these are", "all rows")
-    models.no_effect(args, args.all, "with --all", "rows")
-    if args.accuracy:
-        args.accuracy = read_accuracy(args.accuracy)
-        args.rows = [specs(name) for name in args.accuracy]
-    elif args.all:
-        args.rows = [list(models.MODELS.values())]
     args.num_classes = args.num_classes or models.CLASSES[args.task]
     return args
 
@@ -320,11 +295,11 @@ def main(argv=None):
     if args.json != "-":
         size = "each size" if args.sizes else "{} x {} (H x W)".format(*args.size)
         print(f"one image of {size}, task {args.task}, {args.num_classes} classes; 1 MAC = a "
-              "multiply-add of conv, linear or matmul; FLOPs = 2 MACs")
+              "multiply-add of conv, linear or matmul; FLOPs = 2 MACs; under a part's name: GMAC")
         if args.latency:
             print("times:", ", ".join(f"{key} {value}" for key, value in ran.items()))
         if args.rows:
-            base = figures(models.MODELS[args.baseline], args.size, args)
+            base = figures(args.baseline, args.size, args)
         if not several:
             print_parts(first)
         if several or args.latency:

@@ -2420,7 +2420,8 @@ def test_evaluation_does_not_depend_on_batch_or_ranks(small_model, protocol):
     assert torch.equal(whole.counts, ranks[0].counts + ranks[1].counts)
     assert whole.counts.sum() == sum(labels.numel() for _, labels, _ in Pairs())
     mean = (ranks[0].loss_sum + ranks[1].loss_sum) / whole.counts.sum()
-    assert whole.loss == pytest.approx(batched.loss, rel=1e-5) == pytest.approx(mean.item(), rel=1e-5)
+    for loss in (batched.summary()["val_loss"], mean.item()):
+        assert whole.summary()["val_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_evaluation_has_the_plain_loss_and_never_waits_for_the_device(small_model):
@@ -2433,7 +2434,7 @@ def test_evaluation_has_the_plain_loss_and_never_waits_for_the_device(small_mode
     for image, labels, _ in Pairs():
         logits = F.interpolate(small_model(data.normalise(image[None])).double(), labels.shape, mode="bilinear")
         losses.append(F.cross_entropy(logits, labels[None], reduction="none").flatten())
-    assert matrix.loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert matrix.summary()["val_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
 def test_outputs_that_are_not_finite_name_the_image(small_model):
@@ -2571,7 +2572,7 @@ def test_eval_mistakes_are_one_line(street, tmp_path):
     for call, words in (
             ("", ["--checkpoint", "--pretrain"]), (f"--checkpoint {tmp_path}/no.pt", ["no.pt", "No such file"]),
             (f"--checkpoint {street}/other.pt --data-path {street}", ["4 classes", "9", "id2label.json"]),
-            (f"--model segformer_b1 --pretrain {street}/good.pt", ["segformer_b0"]),
+            (f"--model segformer_b1 --pretrain {street}/good.pt --data-path {street}", ["segformer_b0"]),
             (f"{measure} --data-path {tmp_path}/none", ["none"]), (f"{measure} --size 20", ["0.jpg", "29 pixels"]),
             (f"{measure} --json {tmp_path}/none/r.json", ["--json"]),
             (f"{load} --images {tmp_path}/none", ["--images", "no such file"]),
@@ -2694,8 +2695,8 @@ def test_counting_leaves_no_trace():
     first = flops.count(model, (64, 64))
     assert first == flops.count(model, (64, 64)) and same_bits(state(), before)
     assert sum(r["macs"] for r in first.rows) == first.macs and sum(r["params"] for r in first.rows) == first.params
-    for part, (_, macs) in first.by_part().items():
-        assert macs == sum(r["macs"] for r in first.rows if r["part"] == part)
+    for part, line in first.by_part().items():
+        assert line["macs"] == sum(r["macs"] for r in first.rows if r["part"] == part)
     assert not any(m._forward_hooks for m in model.modules())
     model.head.fuse.act = nn.Softplus()
     refused(lambda: flops.count(model, (64, 64)), "Softplus")
@@ -2718,7 +2719,7 @@ def test_flops_command(tmp_path, monkeypatch, capsys):
         times = row["latency"]
         assert times["quartiles_ms"][0] <= times["median_ms"] <= times["quartiles_ms"][1]
         assert row["macs"] == flops.count(on_meta(row["model"]), (64, 64)).macs
-        assert f" {times['median_ms']:.1f} " in next(line for line in out.splitlines() if line.startswith(row["model"]))
+        assert f" {times['median_ms']:.3f} " in next(line for line in out.splitlines() if line.startswith(row["model"]))
     flops.main(["--model", "segformer_b0", "--sizes", "96", "64", "--json"])
     assert [row["size"] for row in json.loads(capsys.readouterr().out)] == [[64, 64], [96, 96]]
     path.write_text('{"segformer_b0-attn=lsra+lsra+sra+sra": [60, 62.5], "pvt_v2_b0": 58}')
@@ -2731,11 +2732,11 @@ def test_flops_command(tmp_path, monkeypatch, capsys):
                     '{"segformer_b*": 3}'):
         path.write_text(content)
         refused(lambda: flops.main(drawing), "a.json")
-    for call in ("--batch-size 2", "--all --model segformer_b0", "--baseline segformer_b0", "--sizes 64 --size 32",
-                 "--all --rows segformer_b0"):
+    for call in ("--batch-size 2", "--all --model segformer_b0", "--baseline segformer_b0", "--sizes 64 --size 32"):
         refused(lambda: flops.main(call.split()), "no effect")
     path.write_text('{"segformer_b0": 3}')
-    refused(lambda: flops.main([*drawing, "--all"]), "--all: no effect with --accuracy")
+    for flags in (["--all"], ["--rows", "segformer_b0"]):
+        refused(lambda: flops.main([*drawing, *flags]), f"{flags[0]}: not allowed with argument --accuracy")
     refused(lambda: flops.main(["--rows", "segformer_b0-lsra"]), "slot 'lsra' is not known", "attn")
     refused(lambda: flops.main(["--attn", "magic"]), "--attn", "magic", "sra")
 
