@@ -465,7 +465,7 @@ def main(argv=None):
         return save_pictures(model, args, processes, protocol)
     if dataset.num_classes != model.num_classes:
         raise UserError(f"--data-path {args.data_path}: {dataset.num_classes} classes, the model "
-                        f"has {model.num_classes}; give its own data, or all names in id2label.json")
+                        f"has {model.num_classes}; give its data, or all names in id2label.json")
     measure(args, model, dataset, processes, protocol)
 
 

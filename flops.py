@@ -174,13 +174,13 @@ def print_comparison(results, base):
     times = {title: key for title, key in TIMES.items() if times.get(key)}
     titles = ["params M", "change %", "GMAC", "change %", "GFLOP", *times, *parts]
     width = max(map(len, results)) + 2
-    print(f"{'model':<{width}}" + "".join(f"{title:>12}" for title in titles))
+    print(f"{'model':<{width}}" + "".join(f"{title:>13}" for title in titles))
     for name, result in results.items():
         params, macs = (100 * (result[key] / base[key] - 1) for key in ("params", "macs"))
         cells = [result["params"] / 1e6, params, result["macs"] / 1e9, macs, result["flops"] / 1e9]
         cells += [result["latency"][key] for key in times.values()]
         cells += [result["parts"].get(part, {"macs": 0})["macs"] / 1e9 for part in parts]
-        print(f"{name:<{width}}" + "".join(f"{cell:12.3f}" for cell in cells))
+        print(f"{name:<{width}}" + "".join(f"{cell:13.3f}" for cell in cells))
 
 
 def draw(args, results):
