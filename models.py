@@ -1117,10 +1117,9 @@ TIMM_STEM = "0.embed.conv patch_embed.proj\n 0.embed.norm patch_embed.norm"
 MSCAN_KIND = dict(linear=r"$^")
 NEXT_KIND = dict(linear=r"attn\.(q|k|v|proj)$")
 DEST_KIND = dict(linear=r"\.(q|k|proj|fc1\.conv|fc2)$", conv1d=True)
-HUB = "Hugging Face SegFormer"
 FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's share all names)
     Format("own checkpoint"),
-    Format(HUB, MIT, HF_HEADS, "segformer.encoder.", HF),
+    Format("Hugging Face SegFormer", MIT, HF_HEADS, "segformer.encoder.", HF),
     Format("Hugging Face SegFormer encoder", MIT, dialect=HF),
     Format("SegFormer / PVTv2 encoder", MIT, CLS),
     Format("SegFormer / PVTv2 / Lawin segmentor", MIT, MMSEG_HEADS, "backbone."),
@@ -1187,11 +1186,10 @@ def some(names, shown=4):
 def load_pretrained(model, source):
     """Load weights from our checkpoints, a family's original files, or Hugging Face's -> Report.
 
-    source: path (.pt, .pth, .bin, .safetensors), Hugging Face directory (nothing is downloaded), or
-    dict of tensors, in whatever envelope and under whatever prefix. The format is recognised by its
-    names. A head that the file does not have, or has of another kind, and a classifier of another
-    class count, keep their fresh weights and are listed; anything else that is missing or does not
-    fit is a UserError, and then the model is as it was."""
+    source: path (.pt, .pth, .bin, .safetensors), Hugging Face directory or dict of tensors, in any
+    envelope and under any prefix; its names tell the format. What is new by design, a head above
+    all, keeps its fresh weights and is listed; anything else that is missing or does not fit is a
+    UserError, and then the model is as it was."""
     path, state, trained = read_weights(source)
     form, prefix = recognise(model, state)
     if form is None:
@@ -1237,9 +1235,9 @@ def new_by_design(model, form, state, found, misfits, missing):
     head = [key for key in model.state_dict() if key.startswith("head.")]
     fresh = [key for key in misfits if key.startswith(("head.classifier.", "head.fc."))]
     other = any(key in misfits and key not in fresh for key in head)
-    absent = not any(key in found for key in head)
     lacking = any(key in missing for key in head)
-    if other or absent or lacking and any(HEADS.match(name) for name in unused(state, found)):
+    another = any(HEADS.match(name) for name in unused(state, found))
+    if other or lacking and (another or not any(key in found for key in head)):
         fresh = [key for key in head if not key.endswith(COUNTERS)]
         for key in head:
             found.pop(key, None)
@@ -1274,20 +1272,15 @@ def read_weights(source):
 
 def read_folder(folder):
     """A hub's folder -> {name: tensor}; its weights may lie in several files."""
-    folder = pathlib.Path(folder)
-    for pattern in ("model.safetensors", "pytorch_model.bin", "model-*-of-*.safetensors",
-                    "pytorch_model-*-of-*.bin"):
-        if files := sorted(folder.glob(pattern)):
-            break
-    else:
-        raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin; give a "
-                        "checkpoint file or a hub directory")
-    parts = int(re.findall(r"-of-(\d+)|$", files[0].name)[0] or 1)
-    if len(files) != parts:
-        raise UserError(f"{folder}: holds {len(files)} of {parts} files of weights ("
-                        f"{files[0].name} ...); fetch the others")
-    state = {}
-    for file in files:
+    folder, state = pathlib.Path(folder), {}
+    files = sorted(folder.glob("model[.-]*safetensors"))
+    files = files or sorted(folder.glob("pytorch_model[.-]*bin"))
+    if not files:
+        raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin")
+    for parts in re.findall(r"-of-(\d+)", files[0].name):
+        if len(files) < int(parts):
+            raise UserError(f"{folder}: holds {len(files)} of {parts} files of weights; fetch all")
+    for file in files:      # model.safetensors is the last, behind its variants (model.fp16...)
         state |= largest_table(read_checkpoint(file))
     return state
 
@@ -1304,9 +1297,8 @@ def largest_table(content):
 
 
 def recognise(model, state):
-    """-> (format, prefix) under which most of the names are this model's; (None, "") for none. A
-    wrapper's prefix (module., _orig_mod., model., ...) is whatever stands before such a name; of
-    two, a moving average's."""
+    """-> (format, prefix) under which most names are this model's; (None, "") for none. A prefix
+    (module., ...) is whatever stands before such a name; of two, a moving average's is taken."""
     ends = []
     for name in state:
         starts = [dot.end() for dot in re.finditer(r"^|\.", name)]
@@ -1333,7 +1325,7 @@ def export_pretrained(model, path):
     path: a folder for Hugging Face, else a .pth file with a flat dict, in the first of the other
     FORMATS that name most of the tensors. Errors: UserError."""
     to_hub = not pathlib.Path(path).suffix
-    forms = [f for f in FORMATS[1:] if (f.name == HUB) == to_hub]
+    forms = FORMATS[1:2] if to_hub else FORMATS[2:]
     names_of, form = max(((f.names(model), f) for f in forms), key=lambda pair: len(pair[0]))
     if nameless := [key for key in model.state_dict() if key not in names_of]:
         raise UserError(f"{form.name} has no name for tensors of {model.spec}: "
@@ -1358,7 +1350,7 @@ def write_hub_directory(folder, model, state):
     config = {      # the rest is as SegformerConfig has it
         "model_type": "segformer", "architectures": [f"SegformerFor{kind}"],
         "depths": size.depths, "hidden_sizes": size.dims, "decoder_hidden_size": size.width,
-        "layer_norm_eps": size.eps, "drop_path_rate": size.drop_path[model.task == "seg"],
+        "mlp_ratios": size.ratios, "drop_path_rate": size.drop_path[model.task == "seg"],
         "id2label": dict(enumerate(classes)),
         "label2id": {name: i for i, name in enumerate(classes)},
     }
@@ -1399,8 +1391,8 @@ def export(model, target):
             with torch.inference_mode():
                 ours, theirs = model(images), again(images)
         except AssertionError as error:         # a guard of torch.export
-            raise UserError(f"{target}: of {model.spec} torch.export keeps the size of its blocks' "
-                            f"windows, and it runs at some sizes alone ({str(error)[:60]}...)")
+            raise UserError(f"{target}: torch.export has fixed the size of the windows of "
+                            f"{model.spec}, other sizes fail ({str(error)[:60]}...)")
         rms = ours.square().mean().sqrt()
         differences[size] = ((theirs - ours).abs().max() / rms).item()
     return differences
