@@ -542,8 +542,8 @@ def map_file(path):
 def read_checkpoint(path):
     """Read a .pt, .pth, .bin or .safetensors file -> its content, on the CPU. Errors: UserError.
 
-    Runs no code (weights_only), and needs no more memory and time than the file's size lets expect:
-    archives, tensors and byte arrays that claim more than it holds are refused."""
+    Runs no code (weights_only); archives, tensors and byte arrays that claim more than the file
+    holds are refused."""
     if pathlib.Path(path).suffix == ".safetensors":
         return read_safetensors(path)
     if map_file(path).find(b"bytearray") >= 0:      # the one type that makes n bytes out of "n"
@@ -560,8 +560,7 @@ def read_checkpoint(path):
         if "can't allocate memory" in str(error):       # nor is this, PyTorch's own form of it
             raise
         if kind := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{path}: asks for {kind[1]}, which could run anything; refused. If "
-                            "you trust it, save its state_dict() alone")
+            raise UserError(f"{path}: could run {kind[1]}; refused; save its state_dict() alone")
         raise UserError(f"{path}: not a readable checkpoint (truncated, damaged or another format)")
     for _, part in walk(checkpoint):
         if isinstance(part, torch.Tensor):
@@ -577,8 +576,7 @@ def check_archive(path):
         entries = archive.infolist()
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         if packed or sum(entry.file_size for entry in entries) > os.path.getsize(path):
-            raise UserError(f"{path}: compressed or overlapping parts, as TorchScript may have; "
-                            "save its state_dict() by torch.save")
+            raise UserError(f"{path}: parts are compressed or overlap; save its state_dict()")
         if (bad := archive.testzip()) is not None:
             raise UserError(f"{path}: damaged (check sum of {bad}); copy or download it again")
 
@@ -853,9 +851,8 @@ def describe(model):
 
 
 def load(path, device="cpu", fused=True):
-    """The model of a checkpoint of train_seg.py or train_cls.py with its weights (the moving
-    average's, where there is one), ready to infer; it knows its data, see `know`. Errors:
-    UserError."""
+    """The model of a training script's checkpoint, with the moving average's weights where it has
+    one, ready to infer; it knows its data, see `know`. Errors: UserError."""
     checkpoint = read_checkpoint(path)
     try:
         weights, d = checkpoint.get("ema") or checkpoint["model"], checkpoint["spec"]
@@ -915,8 +912,7 @@ def know(model, checkpoint, path):
 # the very same, c+d two tensors that we hold as one, stacked along the first axis; and {h} = i - 1,
 # {I} = i + 1, {II} = i + 2, {E} = 2i, {O} = 2i + 1, {J2} = 2j, {R} = 8, 4, 2, {k} the position of
 # the block over all stages (without j: of the stage's first). The first row that fits counts. By
-#     {i}.blocks.{j}.{attn|ffn}.norm    block{I}.{j}.{norm1|norm2}
-# our encoder.stages.2.blocks.0.ffn.norm.weight is their block3.0.norm2.weight.
+# MIT's second, our encoder.stages.2.blocks.0.ffn.norm.weight is their block3.0.norm2.weight.
 MIT = """
     {i}.embed.{conv|norm}                           patch_embed{I}.{proj|norm}
     {i}.blocks.{j}.{attn|ffn}.norm                  block{I}.{j}.{norm1|norm2}
@@ -1320,10 +1316,8 @@ def unused(state, used):
 
 
 def export_pretrained(model, path):
-    """Write a model's weights under the names of a public format; load_pretrained reads them back.
-
-    path: a folder for Hugging Face, else a .pth file with a flat dict, in the first of the other
-    FORMATS that name most of the tensors. Errors: UserError."""
+    """Write a model's weights as load_pretrained reads them: a folder for Hugging Face, else a .pth
+    file, in the first of the other FORMATS that name most of the tensors. Errors: UserError."""
     to_hub = not pathlib.Path(path).suffix
     forms = FORMATS[1:2] if to_hub else FORMATS[2:]
     names_of, form = max(((f.names(model), f) for f in forms), key=lambda pair: len(pair[0]))
