@@ -1082,16 +1082,13 @@ def _paint(rng, image, labels, x, y, kind, center, radius, turn):
     x, y = (x - center[0]) / radius, (y - center[1]) / radius
     u, v = _turned(x, y, turn)
     r, around = np.hypot(u, v), np.arctan2(v, u)
-
-    def wedge(n):
-        """The angle to the nearest of the normals of n edges."""
-        return np.abs((around / (2 * np.pi / n)) % 1 - 0.5) * (2 * np.pi / n)
-
+    sector = 2 * np.pi / (3 if kind == 4 else 5)
+    wedge = np.abs(around / sector % 1 - 0.5) * sector    # the angle to the nearest edge's normal
     inside = {
         2: lambda: r < 0.8,
         3: lambda: np.maximum(abs(u), abs(v)) < 0.72,
-        4: lambda: r * np.cos(wedge(3)) < 0.5,
-        5: lambda: r * np.cos(np.pi / 5 - wedge(5) + 0.63) < 0.40,
+        4: lambda: r * np.cos(wedge) < 0.5,
+        5: lambda: r * np.cos(np.pi / 5 - wedge + 0.63) < 0.40,
         6: lambda: abs(r - 0.68) < 0.24,
         7: lambda: (np.minimum(abs(u), abs(v)) < 0.26) & (np.maximum(abs(u), abs(v)) < 0.9),
         8: lambda: r < 0.9,
