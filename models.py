@@ -1338,6 +1338,9 @@ def write_hub_directory(folder, model, state):
     what the model knows of its data, see `know`."""
     if (folder / "model.safetensors").exists():
         raise UserError(f"{folder}: has other weights, in model.safetensors; give a new folder")
+    if {*zip(*map(model.spec.words, ("embed", "attn", "ffn")))} != {("overlap", "sra", "mix")}:
+        raise UserError(f"{folder}: transformers knows the names in {model.spec}, but not its "
+                        "blocks; give a .pth file")
     size = SIZES[model.spec.size]
     classes = getattr(model, "classes", [f"LABEL_{i}" for i in range(model.num_classes)])
     kind = "SemanticSegmentation" if model.task == "seg" else "ImageClassification"

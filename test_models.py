@@ -1366,7 +1366,8 @@ def test_merging_in_the_order_of_unfold():
 
 @pytest.mark.parametrize("target, slots, words", [
     ("x.pth", {"attn": "mixer"}, ["segformer_b0-attn=mixer", ": 16 (", "attn.branch.fc1"]),
-    ("x", {"head": "light_ham"}, ["SegFormer has no name", ": 3 (", "head.squeeze.weight"])])
+    ("x", {"head": "light_ham"}, ["SegFormer has no name", ": 3 (", "head.squeeze.weight"]),
+    ("x", {"attn": "lsra,sra,sra,sra"}, ["attn=lsra+sra", ".pth"]), ("x", {"ffn": "mix_relu"}, ["ffn=mix_relu"])])
 def test_export_says_what_has_no_name(target, slots, words, monkeypatch, tmp_path):
     with_depths(monkeypatch, "segformer_b0", (1, 1, 1, 1))
     model = models.build("segformer_b0", "seg", 5, **slots)
