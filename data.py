@@ -108,16 +108,15 @@ def _join(rank, world, device, timeout):
     """Wait for all processes, for 10 minutes at least, then form the group."""
     global _store
     address = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    wait, attempt = max(timeout, 600), "0"
+    wait, attempt = max(timeout, 600), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     # Python's handlers do not run while C++ waits: until it is done, signals just end the process.
     handlers = handle(signal.SIG_DFL)
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store outlives a restart: without keys of their own, the processes of the
-            # second attempt would read the addresses of the first one's dead processes.
-            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
             socket.create_connection(address, timeout=30).close()    # or torchrun has died already
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=wait)))
+        # torchrun's store outlives a restart: without keys of their own, the processes of the
+        # second attempt would read the addresses of the first one's dead processes.
         _store = dist.PrefixStore(f"attempt {attempt}", store)
         if silent := _silent("here", rank, world, wait):
             raise ValueError(f"no sign of {silent}")
@@ -208,9 +207,8 @@ class Stopped(BaseException):    # not an Exception: nothing may take it for an 
     """A signal asked this process (0: another one of its group, by SIGTERM) to end."""
 
     def __init__(self, signum, advice="a training run goes on with the same command"):
-        signum = signum or signal.SIGTERM
-        super().__init__(f"stopped by {signal.Signals(signum).name}: {advice}")
-        self.signum = signum
+        self.signum = signum or signal.SIGTERM
+        super().__init__(f"stopped by {signal.Signals(self.signum).name}: {advice}")
 
 
 class Stop:
@@ -252,8 +250,7 @@ def run(main):
     """Call a script's main(). What a user or the machine can cause ends in one line, no traceback.
 
     The exit status is 1 after an error, 128 + N after signal N. Nothing is tidied up after one: the
-    other processes of a group may be inside an exchange that this one will not join.
-    """
+    other processes of a group may be inside an exchange that this one will not join."""
     STOP.process = os.getpid()
     handle(STOP)
     # Class names that stdout cannot print are escaped; in a file each line is there at once.
@@ -269,33 +266,24 @@ def run(main):
             dist.destroy_process_group()
     except (Exception, Stopped) as error:
         handle(signal.SIG_DFL)    # from here on a signal just ends the process
-        os._exit(_report(error))
-
-
-def _report(error):
-    """Say on stderr what happened, and end the loaders' processes. -> exit status"""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # the loader's would take it for a crash
-    for child in multiprocessing.active_children():
-        child.kill()
-    if isinstance(error, BrokenPipeError):    # `| head` has read enough
-        return 128 + signal.SIGPIPE
-    # Mostly all meet the same mistake: torchrun ends the others before they say it too.
-    time.sleep(min(1, int(os.environ.get("LOCAL_RANK", 0))))
-    with suppress(OSError):    # the same Ctrl-C may have ended what reads stderr
-        if isinstance(error, Stopped):
-            if os.environ.get("RANK", "0") == "0":    # it stops all processes: one of them says so
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # the loaders' ends are no crash
+        for child in multiprocessing.active_children():
+            child.kill()
+        if isinstance(error, BrokenPipeError):    # `| head` has read enough
+            os._exit(128 + signal.SIGPIPE)
+        # Mostly all meet the same mistake: torchrun ends the others before they say it too.
+        time.sleep(min(1, int(os.environ.get("LOCAL_RANK", 0))))
+        with suppress(OSError):    # the same Ctrl-C may have ended what reads stderr
+            if not isinstance(error, Stopped):
+                print(_explained(error) or traceback.format_exc(), file=sys.stderr)
+            elif os.environ.get("RANK", "0") == "0":    # all processes stop: one of them says so
                 print(error, file=sys.stderr)
-        elif line := _explained(error):
-            print(line, file=sys.stderr)
-        else:
-            traceback.print_exception(error)
-    return 128 + error.signum if isinstance(error, Stopped) else 1
+        os._exit(128 + error.signum if isinstance(error, Stopped) else 1)
 
 
 FAULTS = {    # what the type and message of a library's error contain: what is said in its place
     "out of memory|ALLOC_FAILED|^MemoryError|can't allocate memory|not enough memory":
-        "out of memory; try a lower --batch-size; in training also --accum, --amp bf16 and "
-        "--checkpointing",
+        "out of memory; try a lower --batch-size, --amp bf16, in training also --checkpointing",
     "DataLoader worker .*(exited|killed)|shared memory|Too many open files|ancdata":
         "a loader's process died (memory, /dev/shm, open files?); try a lower --workers, or 0",
     "more than 1 value per channel":
@@ -305,8 +293,8 @@ FAULTS = {    # what the type and message of a library's error contain: what is 
     "CxxCompiler|CppCompileError|find C compiler|TritonMissing|working triton":
         "--compile: needs a working C++ compiler (CXX names it), and on CUDA Triton",
     "ImportError.*file too short":
-        "--compile: a compiler was stopped while it wrote; remove the folder of compiled code "
-        "(TORCHINDUCTOR_CACHE_DIR, else torchinductor_USER among the temporary files)"}
+        "--compile: a compiler was stopped as it wrote; remove the folder of compiled code "
+        "(TORCHINDUCTOR_CACHE_DIR or /tmp/torchinductor_USER)"}
 
 
 def _explained(error):
@@ -367,26 +355,25 @@ def train_loader(dataset, batch_size, processes, seed, workers, accum=1, repeats
     if len(sampler) < batch_size * accum:
         raise UserError(f"--batch-size {batch_size}, --accum {accum}: the {len(dataset)} images do "
                         f"not fill a step of {processes.world} processes; use less")
-    options = _options(workers, processes.device)
-    return DataLoader(dataset, batch_size, sampler=sampler, drop_last=True,
-                      persistent_workers=options["num_workers"] > 0, **options)
+    return _loader(dataset, batch_size, processes, workers, sampler=sampler, drop_last=True)
 
 
 def eval_loader(dataset, batch_size, processes, workers, collate=list):
     """Every index once over all ranks, without padding; collate: a list of items -> a batch."""
     shard = range(processes.rank, len(dataset), processes.world)
-    return DataLoader(dataset, batch_size, sampler=shard, collate_fn=collate,
-                      **_options(workers, processes.device))
+    return _loader(dataset, batch_size, processes, workers, sampler=shard, collate_fn=collate)
 
 
-def _options(workers, device):
-    """Of any loader. workers None: a GPU's share of the cores, at most 8; 2 on the CPU."""
+def _loader(dataset, batch_size, processes, workers, **options):
+    """workers None: a GPU's share of the cores, at most 8; 2 on the CPU."""
+    on_gpu = processes.device.type == "cuda"
     if workers is None:
         share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(8, share) if device.type == "cuda" else 2
+        workers = min(8, share) if on_gpu else 2
     # The loader draws its workers' seeds from `generator`: its own leaves the run's stream alone.
-    return {"num_workers": workers, "pin_memory": device.type == "cuda",
-            "generator": torch.Generator().manual_seed(0), "worker_init_fn": _start_worker}
+    return DataLoader(dataset, batch_size, num_workers=workers, worker_init_fn=_start_worker,
+                      persistent_workers=workers > 0, pin_memory=on_gpu,
+                      generator=torch.Generator().manual_seed(0), **options)
 
 
 def _start_worker(_):
@@ -457,9 +444,8 @@ def shown(path):
 def opened(path, any_depth=False):
     """A file as a Pillow image of a sane size, not yet decoded.
 
-    Whatever Pillow raises inside becomes a UserError that names the file (Pillow itself often does
-    not). Raw pixels: an EXIF rotation is ignored, as the masks ignore it.
-    """
+    Whatever Pillow raises inside, and any ValueError, becomes a UserError that names the file. Raw
+    pixels: an EXIF rotation is ignored, as the masks ignore it."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):    # reading a pipe would never end
             raise ValueError("is not a regular file")
@@ -468,38 +454,31 @@ def opened(path, any_depth=False):
                 raise ValueError(f"{image.width}x{image.height} pixels, a decompression bomb?")
             # convert("RGB") would clip everything above 255 to white.
             if image.mode.startswith(("I", "F")) and not any_depth:
-                raise UserError(f"{shown(path)}: 16-bit or float image (mode {image.mode}); "
-                                "convert it to 8 bits")
+                raise ValueError(f"16-bit or float (mode {image.mode}), and 8 bits are needed")
             yield image
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
             Image.DecompressionBombError) as error:
         reason = shown(getattr(error, "strerror", None) or error)
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "is not an image"
-        raise UserError(f"{shown(path)}: {reason}; repair or remove the file") from None
+        raise UserError(f"{shown(path)}: {reason}; repair, convert or remove the file") from None
 
 
 @contextmanager
-def writing(flag, path):
-    """Files that cannot be written are a UserError that names the flag."""
+def naming(place):
+    """Put a file's name before the message of a UserError, or of what the disk refuses."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{flag} {shown(path)}: cannot be written ({error.strerror})") from None
+    except (UserError, OSError) as error:
+        raise UserError(f"{shown(place)}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def try_writing(flag, path):
-    """Find out before the work whether its result can be written; makes an empty file."""
-    with writing(flag, path):
-        open(path, "a").close()
-
-
-def write_json(flag, path, value):
-    """Write to the file that a flag names, or print for "-"."""
+def write_json(path, value):
+    """Write to the file of --json, or print for "-"."""
     text = json.dumps(value, indent=1)
     if path == "-":
         return print(text)
-    with writing(flag, path):
+    with naming(f"--json {path}"):
         Path(path).write_text(text + "\n")
 
 
@@ -526,20 +505,18 @@ def read_json(path):
 def read_mask(path):
     """A mask's ids as they are stored: (H, W) uint8 or int32. Palette masks give indices."""
     with opened(path, any_depth=True) as image:
-        if (image.format not in ("PNG", "BMP", "TIFF")
-                or image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")):
-            raise UserError(f"{shown(path)}: stored as {image.format}, which may change the ids of "
-                            "a mask; export the masks again, as PNG")
-        refuse_turned(path, image)
+        lossy = image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
+        if lossy or image.format not in ("PNG", "BMP", "TIFF"):
+            raise ValueError(f"{image.format} may change the ids of a mask; export it anew as PNG")
+        refuse_turned(image)
         mode, stored = image.mode, str([tile[3] for tile in image.tile])
         mask = np.array(image)
-    if mode == "RGB" and ";16" not in stored and (mask == mask[..., :1]).all():
-        return mask[..., 0]
-    if mode.startswith("I"):
-        return mask.astype(np.int32)
-    if mode not in ("L", "P", "1"):
-        raise UserError(f"{shown(path)}: mask of mode {mode}; a mask holds one class id per pixel "
-                        "(modes L, P, I, 1)")
+        if mode == "RGB" and ";16" not in stored and (mask == mask[..., :1]).all():
+            return mask[..., 0]
+        if mode.startswith("I"):
+            return mask.astype(np.int32)
+        if mode not in ("L", "P", "1"):
+            raise ValueError(f"mode {mode}, and a mask has one id per pixel (modes L, P, I, 1)")
     mask = mask.astype(np.uint8, copy=False)
     # Pillow inverts a TIFF in which 0 is white, and spreads 2 and 4 bits of grey over 0..255.
     if gray := re.search(r"'[1L];([24]?)(I?)", stored):
@@ -549,11 +526,10 @@ def read_mask(path):
     return mask
 
 
-def refuse_turned(path, image):
+def refuse_turned(image):
     """Pillow turns a TIFF, and nothing else, as its header says: off its partner's pixels."""
     if getattr(image, "tag_v2", {}).get(274, 1) != 1:
-        raise UserError(f"{shown(path)}: its header turns or mirrors it; save it as it is seen, "
-                        "without an orientation")
+        raise ValueError("its header turns or mirrors it, off its partner's pixels")
 
 
 def contents(folder):
@@ -586,26 +562,23 @@ def scan(folder, suffixes, end="", twins=False):
 
     -> {stem: path}, sorted, where a stem has its sub-folders before it and a letter with an accent
     is one character (a Mac writes two). Hidden files are skipped; two of one stem are an error.
-    twins: -> {name: path}, and they are none.
-    """
-    if not os.path.isdir(folder):
+    twins: -> {name: path}, and they are none."""
+    if not folder.is_dir():
         raise UserError(f"{shown(folder)}: no such folder; {contents(folder)}")
     found = {}
     for name in sorted(files_below(folder)):
         stem, suffix = os.path.splitext(name)
         if suffix.lower() not in suffixes or not stem.endswith(end) or "/." in "/" + name:
             continue
-        stem, path = unicodedata.normalize("NFC", stem.removesuffix(end)), Path(folder, name)
-        stem = name if twins else stem
-        if stem in found:
-            raise UserError(f"{shown(path)}: has the same stem as {shown(found[stem].name)}; "
-                            "remove one of them")
-        found[stem] = path
+        key = name if twins else unicodedata.normalize("NFC", stem.removesuffix(end))
+        if key in found:
+            raise UserError(f"{shown(folder / name)}: has the same stem as "
+                            f"{shown(found[key].name)}; remove one of them")
+        found[key] = folder / name
     if not found:
         what = "images" if suffixes is IMAGE_FILES else "masks (JPEG would change their ids)"
-        types = " ".join(end + suffix for suffix in sorted(suffixes))
-        raise UserError(f"{shown(folder)}: no {what} that end in one of {types}; "
-                        f"{contents(Path(folder))}")
+        types = " ".join(f"*{end}{suffix}" for suffix in sorted(suffixes))
+        raise UserError(f"{shown(folder)}: no {what} {types}; {contents(folder)}")
     return found
 
 
@@ -870,7 +843,7 @@ class FolderSegmentation(EpochDataset):
         where = ""
         if counts is None:
             for path, mask_path in self.paths if self.split == "val" else ():
-                with opened(path) as image, opened(mask_path, any_depth=True) as mask:
+                with opened(mask_path, any_depth=True) as mask, opened(path) as image:
                     check_pair(path, image, mask_path, mask.size)
             for number in (min(limit, len(self)), len(self)):    # some may lack a rare class
                 counts, where = self.count_pixels(number), f" in {number} masks"
@@ -902,7 +875,7 @@ class FolderSegmentation(EpochDataset):
 
 
 def check_pair(path, image, mask_path, mask_size):
-    refuse_turned(path, image)
+    refuse_turned(image)
     if image.size != mask_size:
         raise UserError(f"{shown(mask_path)}: the mask is {mask_size[0]}x{mask_size[1]}, its image "
                         f"{shown(path)} is {image.width}x{image.height}; they must be equal")
@@ -1448,7 +1421,7 @@ def main(argv=None):
         print(f"error: {problem}", file=sys.stderr)
     if pictures:
         rows, titles = [pictures[k:k + 4] for k in range(0, len(pictures), 4)], ["image", "labels"]
-        with writing("--out", args.out):
+        with naming(f"--out {args.out}"):
             contact_sheet(rows, args.out, 2 * titles, dataset.classes, dataset.colors)
     if problems:
         raise UserError(f"{shown(args.path)}: faults: {len(problems)}, listed above")

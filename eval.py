@@ -11,7 +11,6 @@ neither on the number of processes nor on the batch size. A checkpoint brings it
 defaults: --size is its crop, --zero-is-class its own, and pictures get its class names and colours.
 """
 import math
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +25,6 @@ import data
 import layers
 import models
 from layers import UserError
-
-
-@contextmanager
-def naming(path):
-    """Put the file's name before a UserError's message."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{data.shown(path)}: {error}") from None
 
 
 def by_size(items):
@@ -206,7 +196,7 @@ def evaluate_seg(model, dataset, processes, batch_size, workers, **protocol):
     criterion = layers.UpsampledCrossEntropy(data.IGNORED)
     one = torch.ones((), device=device)     # the loss of a batch is its sum; no upload for each
     for images, labels, names in batches(dataset, processes, batch_size, workers):
-        with naming(names[0]):
+        with data.naming(names[0]):
             logits, classes, finite = segment(model, images, labels.shape[1:], **protocol)
         matrix.update(classes, labels, criterion(logits[0], labels, one))
         flags.append(finite)
@@ -287,10 +277,10 @@ def save_pictures(model, args, processes, protocol):
             bad.append(str(error))
             continue
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(processes.device)
-        with naming(path):
+        with data.naming(path):
             logits, classes, finite = segment(model, image, pixels.shape[:2], **protocol)
         refuse_not_finite([finite], [path])
-        with data.writing("--save-dir", folder):
+        with data.naming(f"--save-dir {folder}"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             draw(model, pixels, classes[0].cpu().numpy(), folder / name)
             if args.probabilities:
@@ -428,7 +418,7 @@ def measure(args, model, dataset, processes, protocol):
     loss = figures.pop("val_loss")
     result |= {name: round(value, 2) for name, value in figures.items()} | {"loss": round(loss, 4)}
     if args.json and processes.rank == 0:       # first: no trouble with printing loses the figures
-        data.write_json("--json", args.json, result)
+        data.write_json(args.json, result)
     if args.json == "-" or processes.rank > 0:
         return
     words = [f"{result['model']} on {result['data']} {args.split}, {len(dataset)} images"]
@@ -447,7 +437,7 @@ def main(argv=None):
     processes = data.start(args.device)
     quiet = processes.rank > 0 or args.json == "-"
     if args.json and not quiet:
-        data.try_writing("--json", args.json)
+        open(args.json, "a").close()        # found out before the work
     model, task, trained = None, args.task, {}
     if args.checkpoint:
         model = models.load(args.checkpoint)

@@ -192,7 +192,7 @@ def draw(args, results):
         values = args.accuracy[name] if args.accuracy else [result["params"] / 1e6]
         points.append((result["macs"] / 1e9, np.mean(values),
                        name.removeprefix(f"{args.baseline}-"), np.std(values)))
-    with data.writing("--plot", args.plot):
+    with data.naming(f"--plot {args.plot}"):
         data.plot(args.plot, series, "GMAC at {} x {}".format(*args.size),
                   "mIoU (%)" if args.accuracy else "parameters (M)", lines=False)
 
@@ -278,9 +278,9 @@ def cases_of(args):
 
 def main(argv=None):
     args = arguments(argv)
-    for flag, path in (("--json", args.json), ("--plot", args.plot)):
+    for path in (args.json, args.plot):
         if path not in (None, "-"):
-            data.try_writing(flag, path)
+            open(path, "a").close()         # found out before the work
     if args.threads:
         torch.set_num_threads(args.threads)
     cases, several = cases_of(args), args.rows or args.sizes
@@ -307,7 +307,7 @@ def main(argv=None):
     if args.plot:
         draw(args, results)
     if args.json:
-        data.write_json("--json", args.json, list(results.values()) if several else first)
+        data.write_json(args.json, list(results.values()) if several else first)
 
 
 if __name__ == "__main__":

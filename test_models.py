@@ -2575,7 +2575,7 @@ def test_eval_mistakes_are_one_line(street, tmp_path):
             (f"--checkpoint {street}/other.pt --data-path {street}", ["4 classes", "9", "id2label.json"]),
             (f"--model segformer_b1 --pretrain {street}/good.pt --data-path {street}", ["segformer_b0"]),
             (f"{measure} --data-path {tmp_path}/none", ["none"]), (f"{measure} --size 20", ["0.jpg", "29 pixels"]),
-            (f"{measure} --json {tmp_path}/none/r.json", ["--json"]),
+            (f"{measure} --json {tmp_path}/none/r.json", ["none/r.json"]),
             (f"{load} --images {tmp_path}/none", ["--images", "no such file"]),
             (f"{draw} --save-dir {tmp_path}", ["--save-dir", "overwritten"]),
             (f"{draw} --save-dir {tmp_path}/drawn", ["a.jpg", "1 of 2 files could not be drawn"])):
