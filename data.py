@@ -68,22 +68,18 @@ _store = None    # where the processes leave notes for each other, beside the gr
 
 def start(device=None, timeout=300):
     """Join the group that torchrun describes in the environment; alone under plain `python`.
-
     device: "cpu", "cuda" or "cuda:N"; CUDA where there is one, if None. timeout: the seconds after
-    which a process that does not answer is an error. -> Processes
-    """
-    rank, world, local_rank, local_world = 0, 1, 0, 1
+    which a process that does not answer is an error. -> Processes"""
+    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        try:
-            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            local_rank = int(os.environ.get("LOCAL_RANK", 0))
-            local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            range(world)[rank]
-        except (ValueError, IndexError):
-            raise UserError("RANK, WORLD_SIZE: not as torchrun sets them; unset them") from None
+        place = {name: os.environ.get(name, alone) for name, alone in place.items()}
     elif "WORLD_SIZE" in os.environ:
-        print("note: WORLD_SIZE is set, but not by torchrun: this process works alone",
-              file=sys.stderr)
+        print("note: WORLD_SIZE is set, but not by torchrun: working alone", file=sys.stderr)
+    try:
+        rank, world, local_rank, local_world = map(int, place.values())
+        range(world)[rank]
+    except (ValueError, IndexError):
+        raise UserError("RANK, WORLD_SIZE: not as torchrun sets them; unset them") from None
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: no such device; use cpu, cuda or cuda:N")
@@ -213,11 +209,9 @@ class Stopped(BaseException):    # not an Exception: nothing may take it for an 
 
 class Stop:
     """What SIGTERM and SIGINT do while `run` runs a script.
-
     The first one raises Stopped at once. Inside `with STOP.postponed():` it is remembered instead,
     for a loop to ask STOP.pending after each step, and raises Stopped where the block ends. The
-    second one ends the process at once.
-    """
+    second one ends the process at once."""
     process = None      # the one that listens: a loader's processes do not
     pending = 0         # number of the first signal,
     time = 0.0          # and when it came
@@ -248,7 +242,6 @@ STOP = Stop()
 
 def run(main):
     """Call a script's main(). What a user or the machine can cause ends in one line, no traceback.
-
     The exit status is 1 after an error, 128 + N after signal N. Nothing is tidied up after one: the
     other processes of a group may be inside an exchange that this one will not join."""
     STOP.process = os.getpid()
@@ -286,10 +279,8 @@ FAULTS = {    # what the type and message of a library's error contain: what is 
         "out of memory; try a lower --batch-size, --amp bf16, in training also --checkpointing",
     "DataLoader worker .*(exited|killed)|shared memory|Too many open files|ancdata":
         "a loader's process died (memory, /dev/shm, open files?); try a lower --workers, or 0",
-    "more than 1 value per channel":
-        "a BatchNorm got a single 1 x 1 map; use --batch-size 2 or more",
-    "deterministic implementation":
-        "--deterministic: a block of this model cannot be so on CUDA; leave the flag out",
+    "more than 1 value per channel": "BatchNorm of one 1 x 1 map; use --batch-size 2 or more",
+    "deterministic implementation": "--deterministic: a block cannot be so on CUDA; leave it out",
     "CxxCompiler|CppCompileError|find C compiler|TritonMissing|working triton":
         "--compile: needs a working C++ compiler (CXX names it), and on CUDA Triton",
     "ImportError.*file too short":
@@ -326,12 +317,10 @@ def _explained(error):
 
 class EpochSampler(Sampler):
     """This rank's share of a shuffle that is a pure function of (seed, epoch).
-
     Yields keys (epoch, view, index): with the epoch in the key the workers hold no state.
     `repeats` > 1 is repeated augmentation (Hoffer et al., "Augment your batch", CVPR 2020; DeiT's
     RASampler): an image is drawn `repeats` times in a row, in different views that go to
-    neighbouring ranks, and an epoch of the same length shows 1/repeats of the images.
-    """
+    neighbouring ranks, and an epoch of the same length shows 1/repeats of the images."""
 
     def __init__(self, size, processes, seed, repeats):
         self.size, self.seed, self.repeats = size, seed, repeats
@@ -443,7 +432,6 @@ def shown(path):
 @contextmanager
 def opened(path, any_depth=False):
     """A file as a Pillow image of a sane size, not yet decoded.
-
     Whatever Pillow raises inside, and any ValueError, becomes a UserError that names the file. Raw
     pixels: an EXIF rotation is ignored, as the masks ignore it."""
     try:
@@ -465,11 +453,11 @@ def opened(path, any_depth=False):
 
 
 @contextmanager
-def naming(place):
-    """Put a file's name before the message of a UserError, or of what the disk refuses."""
+def naming(place, *faults):
+    """Errors of the disk and faults become UserErrors; all begin with the name of the file."""
     try:
         yield
-    except (UserError, OSError) as error:
+    except (UserError, OSError, *faults) as error:
         raise UserError(f"{shown(place)}: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -484,12 +472,10 @@ def write_json(path, value):
 
 def read_text(path, parse):
     """parse(text of a small UTF-8 file, with or without a byte-order mark)."""
-    try:
+    with naming(path, ValueError, RecursionError):
         if path.stat().st_size > 2 ** 22 or not path.is_file():
             raise ValueError("not a file of at most 4 MiB")
         return parse(path.read_text("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{shown(path)}: cannot be read ({shown(error)[:200]})") from None
 
 
 def read_json(path):
@@ -559,7 +545,6 @@ def files_below(folder):
 
 def scan(folder, suffixes, end="", twins=False):
     """Files of some suffixes, by what their names are before `end`, below a folder.
-
     -> {stem: path}, sorted, where a stem has its sub-folders before it and a letter with an accent
     is one character (a Mac writes two). Hidden files are skipped; two of one stem are an error.
     twins: -> {name: path}, and they are none."""
@@ -572,8 +557,7 @@ def scan(folder, suffixes, end="", twins=False):
             continue
         key = name if twins else unicodedata.normalize("NFC", stem.removesuffix(end))
         if key in found:
-            raise UserError(f"{shown(folder / name)}: has the same stem as "
-                            f"{shown(found[key].name)}; remove one of them")
+            raise UserError(f"{shown(found[key])}, {shown(name)}: the same stem; remove one")
         found[key] = folder / name
     if not found:
         what = "images" if suffixes is IMAGE_FILES else "masks (JPEG would change their ids)"
@@ -584,11 +568,9 @@ def scan(folder, suffixes, end="", twins=False):
 
 def fingerprint(root, paths, *texts):
     """16 characters that depend on names below root, on sizes of files, and on texts."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(os.fsencode(f"{os.path.relpath(path, root)}\n{os.stat(path).st_size}\n"))
-    digest.update(json.dumps(texts).encode())
-    return digest.hexdigest()[:16]
+    files = [f"{os.path.relpath(path, root)}\n{os.stat(path).st_size}\n" for path in sorted(paths)]
+    text = "".join(files) + json.dumps(texts)
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
 
 # ---- Training views for segmentation -------------------------------------------------------------
@@ -611,11 +593,9 @@ def random_color(rng):
 
 def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
     """A distortion of colours and ImageNet's normalisation, of RGB in 0..255. -> float32 (3, 4)
-
     x -> A (x + brightness) with A = contrast * Y^-1 diag(1, saturation * rotation(hue, radians)) Y
     and Y = RGB -> YIQ (the NTSC matrix). mmseg's PhotoMetricDistortion computes in HSV; in YIQ all
-    is linear: the contrast may come before or after (mmseg tosses a coin for the order).
-    """
+    is linear: the contrast may come before or after (mmseg tosses a coin for the order)."""
     cos, sin = saturation * math.cos(hue), saturation * math.sin(hue)
     matrix = contrast * RGB @ [[1, 0, 0], [0, cos, -sin], [0, sin, cos]] @ YIQ
     offset = matrix.sum(1, keepdims=True) * brightness
@@ -626,12 +606,10 @@ def color_matrix(brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0):
 
 def normalise(images, colour=None):
     """uint8 images -> float32 with ImageNet's statistics, on the same device.
-
     images (..., 3, H, W) alone are normalised only. Training views (B, 4, H, W) with their colour
     (B, 3, 4) are distorted as well, by one affine map: the fourth plane of a view is 1 where the
     image is, so that its padding becomes 0. Colours are clipped once, at the end.
-    -> (B, 3, H, W), channels_last
-    """
+    -> (B, 3, H, W), channels_last"""
     images = images.float()
     if colour is None:
         for c, (scale, shift) in enumerate(zip(1 / (255 * STD), MEAN / STD)):
@@ -648,16 +626,13 @@ def normalise(images, colour=None):
 
 def training_view(image, labels, crop, rng, scale=(0.5, 2.0), base=None):
     """An opened PIL image and its labels (h, w) uint8 -> view, labels, colour for a training step.
-
     Resize to scale * (4 base, base) = (long, short side) keeping the ratio, base = crop if None;
     crop, flip, pad right and below. The view is uint8 (4, crop, crop): RGB, and 1 where the image
     is; labels uint8 (crop, crop), padded with 255; colour float32 (3, 4), for `normalise`.
-
     Only what the crop shows is cut out and resized: the corner is drawn on source pixels, so the
     sampling grid is that of resizing the whole image (antialiased bilinear; the labels nearest), up
     to the taps beyond the cut at the corner's two edges. libjpeg decodes a JPEG that shrinks by 2
-    or more at 1/2, 1/4 or 1/8 (`draft`), within about one grey level of the filter it replaces.
-    """
+    or more at 1/2, 1/4 or 1/8 (`draft`), within about one grey level of the filter it replaces."""
     w, h = image.size
     base = base or crop
     factor = rng.uniform(*scale) * min(4 * base / max(w, h), base / min(w, h))
@@ -729,23 +704,20 @@ LAYOUTS = {
     "Cityscapes with labelTrainIds": Layout(
         "leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelTrainIds",
         ids={row.train_id: row.train_id for row in CITY}, classes=CITY_NAMES),
-    "Cityscapes": Layout(
-        "leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelIds",
-        ids={row.id: row.train_id for row in CITY}, classes=CITY_NAMES),
+    "Cityscapes": Layout("leftImg8bit/{}/*_leftImg8bit", "gtFine/{}/*_gtFine_labelIds",
+                         ids={row.id: row.train_id for row in CITY}, classes=CITY_NAMES),
 }
 
 
 class FolderSegmentation(EpochDataset):
     """A folder of images and of masks with the same stems, in one of the LAYOUTS.
-
     split: "train" or "val". By default id 0 of a mask is "unlabelled" and id k is class k-1;
     zero_is_class=True keeps the ids; 255 is ignored either way. A label_map.json {id: class} beside
     the folders replaces this rule: all ids that it does not name are ignored. The classes are
     `read_classes`'s, else there are as many as the masks' largest id says; `classes` gives those
     that another split has found. Item without crop: (image uint8 (3, H, W), label uint8 (H, W),
-    path of the image); with crop: `training_view`, whose `base` is scale_base.
-    A bad file is a UserError; strict=False collects files without a partner in .problems instead.
-    """
+    path of the image); with crop: `training_view`, whose `base` is scale_base. A bad file is a
+    UserError; strict=False collects files without a partner in .problems instead."""
 
     def __init__(self, root, split, crop=None, seed=0, zero_is_class=False, strict=True,
                  classes=None, scale_base=None):
@@ -768,8 +740,7 @@ class FolderSegmentation(EpochDataset):
         """The classes, and the label of each id in a mask."""
         self.ids = ids = label_ids(self.root, self.layout)
         if ids and zero_is_class:
-            raise UserError(f"--zero-is-class: {shown(self.root)} has a label map, which says the "
-                            "class of id 0 as well; leave the flag out")
+            raise UserError("--zero-is-class: the label map says it for id 0 too; leave it out")
         self.first_id = 0 if ids or zero_is_class else 1
         self.rule = ("id k of a mask is class k, 255 is ignored",
                      "id k of a mask is class k-1, 0 and 255 are ignored")[self.first_id]
@@ -813,9 +784,8 @@ class FolderSegmentation(EpochDataset):
         mask = read_mask(path)
         labels = self.table.take(mask if mask.dtype == np.uint8 else mask.clip(-1, 2 ** 16))
         if labels.min() < 0:
-            bad, count = mask[labels < 0][0], self.num_classes
-            raise UserError(f"{shown(path)}: id {bad} is beyond the {count} classes ({self.rule}); "
-                            "correct it, or add a label_map.json")
+            raise UserError(f"{shown(path)}: id {mask[labels < 0][0]} is beyond the "
+                            f"{self.num_classes} classes ({self.rule}); label_map.json may map it")
         return labels.astype(np.uint8)
 
     def fingerprint(self):
@@ -835,11 +805,9 @@ class FolderSegmentation(EpochDataset):
 
     def check(self, counts=None, limit=100):
         """-> notes on what is odd about the labels of this split, a line each.
-
         counts: of pixels of each label, (256,); without them, those of `limit` masks, evenly
         spread, and every file to validate on is looked at: a bad one would end a run after its
-        first epoch. UserError for such a file, and for labels from which nothing can be learned.
-        """
+        first epoch. UserError for such a file, and for labels from which nothing can be learned."""
         where = ""
         if counts is None:
             for path, mask_path in self.paths if self.split == "val" else ():
@@ -887,13 +855,12 @@ def find_layout(root):
         raise UserError(f"{shown(root)}: no such folder")
     found = {}    # of each layout: how many of its folders have files of it, and how many are there
     for name, layout in LAYOUTS.items():
-        full = there = 0
-        for pattern, split in itertools.product(layout[:2], layout.splits):
-            folder, ending = os.path.split(root / pattern.format(split))
-            if os.path.isdir(folder):
-                there += 1
-                full += any(Path(file).match(ending + ".*") for file in files_below(folder))
-        found[name] = full, there
+        places = [root / pattern.format(split)
+                  for pattern, split in itertools.product(layout[:2], layout.splits)]
+        there = [place for place in places if place.parent.is_dir()]
+        full = [place for place in there if any(Path(file).match(f"{place.name}.*")
+                                                for file in files_below(place.parent))]
+        found[name] = len(full), len(there)
     best = max(found, key=found.get)
     if not any(found[best]):
         known = "; ".join(sorted({f"{row.images}, {row.masks}" for row in LAYOUTS.values()}))
@@ -922,10 +889,8 @@ def pair(root, layout, split):
 
 def read_classes(root, zero_is_class):
     """Class names of id2label.json or else of ADE20K's objectInfo150.txt; [] without either.
-
     id2label.json: {"0": "wall", ...}, ["wall", ...], {"wall": 0, ...} or a config.json of the
-    Hugging Face hub, with the classes' numbers and not the masks' ids.
-    """
+    Hugging Face hub, with the classes' numbers and not the masks' ids."""
     path, info = root / "id2label.json", root / "objectInfo150.txt"
     if not path.exists():
         if not info.is_file():
@@ -963,11 +928,9 @@ def label_ids(root, layout):
 
 def class_weights(dataset, source):
     """Weights of the classes for the loss, float32 (K,).
-
     source: "balanced" for the inverse square root of a class's share of the labelled pixels of a
     training set, scaled to a mean of 1 over these pixels, a class that does not occur as the rarest
-    one; or a JSON file {class: weight}, where classes that it does not name have the weight 1.
-    """
+    one; or a JSON file {class: weight}, where classes that it does not name have the weight 1."""
     if source == "balanced":
         counts = dataset.count_pixels()[:dataset.num_classes]
         weights = np.maximum(counts, counts[counts > 0].min()) ** -0.5
@@ -985,12 +948,10 @@ def class_weights(dataset, source):
 
 class Shapes(EpochDataset):
     """Textured shapes on two textured grounds, drawn and not stored.
-
     Image i of a split is a pure function of (split, i). Colour narrows a shape down to two classes
     and no further: disc and pearl (a disc inside a square) share a family of hues, square and star,
     ring and cross; only the triangle has its own. The grounds have any greyish colour and differ in
-    texture. Items as those of FolderSegmentation; in training the scale is drawn from 0.8..1.25.
-    """
+    texture. Items as those of FolderSegmentation; in training the scale is drawn from 0.8..1.25."""
     classes = ["plain ground", "striped ground", "disc", "square", "triangle", "star", "ring",
                "cross", "pearl"]
     num_classes = len(classes)
@@ -1105,20 +1066,16 @@ class LargestShape(Shapes):
 
 class TinyImageNet(EpochDataset):
     """Tiny-ImageNet-200, or any tree train/CLASS/*.jpg + val/CLASS/*.jpg.
-
     Item: (float32 (3, S, S), class). val/ may be the official one (val/images and
     val_annotations.txt) or restructured. The class is the position in the sorted folder names of
     train/, always. Grey images become RGB.
-
     Training is DeiT's recipe (Touvron et al. 2021, table 9), part by part; jitter acts only without
     rand_augment, as in timm and the published runs. RandAugment is torchvision's at the magnitude,
     fill and bicubic sampling of the recipe's rand-m9-mstd0.5-inc1. Unlike timm's, its 2 operations
     always act (timm: each with probability 1/2), at 9 of 10 (timm: normal, deviation 0.5);
     posterize keeps 4 bits (timm: 1); the list has Identity, but neither Invert nor SolarizeAdd.
-
     Evaluation: short side to S / 0.875 (bicubic), centre S x S. At S = 64 the border of a 64 x 64
-    image is not seen, which matches the magnification of the training crops.
-    """
+    image is not seen, which matches the magnification of the training crops."""
 
     def __init__(self, root, split, image_size=224, train=None, seed=0, rand_augment=True,
                  jitter=0.4, erase=0.25):
@@ -1129,13 +1086,12 @@ class TinyImageNet(EpochDataset):
             files = validation_files(self.root / "val", self.classes)
         self.paths = [(path, k) for k, name in enumerate(self.classes) for path in files[name]]
         train = split == "train" if train is None else train
-        bicubic = {"interpolation": v2.InterpolationMode.BICUBIC}
-        steps = [v2.Resize(int(image_size / 0.875), **bicubic), v2.CenterCrop(image_size)]
+        how = v2.InterpolationMode.BICUBIC
+        steps = [v2.Resize(int(image_size / 0.875), how), v2.CenterCrop(image_size)]
         if train:
-            steps = [v2.RandomResizedCrop(image_size, **bicubic), v2.RandomHorizontalFlip()]
+            steps = [v2.RandomResizedCrop(image_size, interpolation=how), v2.RandomHorizontalFlip()]
             if rand_augment:    # 11 bins put torchvision's magnitudes on timm's scale of 0..10
-                steps.append(v2.RandAugment(2, 9, num_magnitude_bins=11, fill=[124, 116, 104],
-                                            **bicubic))
+                steps.append(v2.RandAugment(2, 9, 11, how, fill=[124, 116, 104]))
             elif jitter:
                 steps.append(v2.ColorJitter(jitter, jitter, jitter))
         steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
@@ -1228,9 +1184,7 @@ def fitted(picture, side=320):
 
 def contact_sheet(rows, path, titles, classes, colors, side=320):
     """Write rows of pictures, each `fitted`, under the titles of the columns, as a PNG on white.
-
-    classes, colors: of the legend at the bottom, which has those that occur if pictures are labels.
-    """
+    classes, colors: of the legend at the bottom; if pictures are labels, of those that occur."""
     rows = [[fitted(picture, side) for picture in row] for row in rows]
     pictures, font = sum(rows, []), ImageFont.load_default(14)
     labels = [picture.ravel() for picture in pictures if picture.ndim == 2]
@@ -1277,9 +1231,7 @@ def ticks(low, high, log=False):
 def plot(path, series, x_label, y_label, lines=True):
     """Draw series, {name: [(x, y) or (x, y, label, spread), ...]}, as lines or else, over a
     logarithmic x, as points, each with its label and a bar from y - spread to y + spread.
-
-    path: where the PNG goes, or None. Points that are not finite are left out. -> Pillow's image
-    """
+    path: where the PNG goes, or None. Points that are not finite are left out. -> Pillow's image"""
     left, top, right, bottom, font = 120, 80, 1390, 850, ImageFont.load_default(26)
     sheet = Image.new("RGB", (1440, 960), "white")
     draw = ImageDraw.Draw(sheet)
@@ -1412,17 +1364,16 @@ def main(argv=None):
     add("--zero-is-class", action="store_true", help="id 0 of a mask is a class, not 'unlabelled'")
     add("--out", default="sheet.png", help="where the contact sheet goes (default: %(default)s)")
     args = parser.parse_args(argv)
-    problems, pictures = [], []
+    problems, rows = [], []
     for split, dataset in open_splits(args.path, args.zero_is_class).items():
         for index in some(read_all(split, dataset, problems), 4):
             image, labels, _ = dataset[index]
-            pictures += [fitted(image.permute(1, 2, 0)), fitted(labels)]
+            rows.append([fitted(image.permute(1, 2, 0)), fitted(labels)])
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    if pictures:
-        rows, titles = [pictures[k:k + 4] for k in range(0, len(pictures), 4)], ["image", "labels"]
+    if rows:
         with naming(f"--out {args.out}"):
-            contact_sheet(rows, args.out, 2 * titles, dataset.classes, dataset.colors)
+            contact_sheet(rows, args.out, ["image", "labels"], dataset.classes, dataset.colors)
     if problems:
         raise UserError(f"{shown(args.path)}: faults: {len(problems)}, listed above")
     print(f"every file is good; some of them are drawn in {args.out}")
