@@ -212,7 +212,6 @@ class Stop:
     The first one raises Stopped at once. Inside `with STOP.postponed():` it is remembered instead,
     for a loop to ask STOP.pending after each step, and raises Stopped where the block ends. The
     second one ends the process at once."""
-    process = None      # the one that listens: a loader's processes do not
     pending = 0         # number of the first signal,
     time = 0.0          # and when it came
     is_postponed = False
@@ -226,8 +225,6 @@ class Stop:
             raise Stopped(self.pending)
 
     def __call__(self, signum, _):
-        if os.getpid() != self.process:
-            return
         if not self.pending:
             self.pending, self.time = signum, time.monotonic()
             if not self.is_postponed:
@@ -244,8 +241,8 @@ def run(main):
     """Call a script's main(). What a user or the machine can cause ends in one line, no traceback.
     The exit status is 1 after an error, 128 + N after signal N. Nothing is tidied up after one: the
     other processes of a group may be inside an exchange that this one will not join."""
-    STOP.process = os.getpid()
     handle(STOP)
+    os.register_at_fork(after_in_child=partial(handle, signal.SIG_IGN))    # the loaders' processes
     # Class names that stdout cannot print are escaped; in a file each line is there at once.
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     warnings.filterwarnings("ignore", module="PIL")    # they name no file; what is bad raises
@@ -1159,8 +1156,7 @@ def distinct_colors(count):
     x, y, z = np.cbrt(to_xyz @ (grid ** 2.2).T)
     lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
     usable = (30 < lab[:, 0]) & (lab[:, 0] < 90)
-    grid, lab = grid[usable], lab[usable]
-    chosen, distances = [], np.linalg.norm(lab, axis=1)
+    chosen, distances = [], np.linalg.norm(lab, axis=1) * usable
     for _ in range(count):
         chosen.append(int(distances.argmax()))
         distances = np.minimum(distances, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
