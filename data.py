@@ -273,7 +273,7 @@ def run(main):
 
 FAULTS = {    # what the type and message of a library's error contain: what is said in its place
     "out of memory|ALLOC_FAILED|^MemoryError|can't allocate memory|not enough memory":
-        "out of memory; try a lower --batch-size, --amp bf16, in training also --checkpointing",
+        "out of memory; try a lower --batch-size, --amp bf16, in training --accum, --checkpointing",
     "DataLoader worker .*(exited|killed)|shared memory|Too many open files|ancdata":
         "a loader's process died (memory, /dev/shm, open files?); try a lower --workers, or 0",
     "more than 1 value per channel": "BatchNorm of one 1 x 1 map; use --batch-size 2 or more",
