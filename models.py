@@ -25,6 +25,7 @@ import pathlib
 import re
 import socket
 import textwrap
+import time
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -699,7 +700,7 @@ def write_log(output, rows):
 def tolerated(path):
     """For a file that a run can do without: where it cannot be made, that costs a line."""
     try:
-        yield
+        yield path
     except Exception as error:      # whatever it is, the weights are saved and the run goes on
         reason = str(error).strip().partition("\n")[0]
         print(f"note: {path} is not written ({type(error).__name__}: {reason})")
@@ -710,6 +711,9 @@ def tolerated(path):
 # The same run may go on with other values of these, as long as the effective batch stays.
 MAY_CHANGE = {"output_dir", "resume", "device", "workers", "compile", "checkpointing", "batch_size",
               "accum", "save_every", "timeout", *SLOTS}
+
+# What last.pt has and best.pt has not.
+TO_GO_ON = {"optimizer", "scaler", "step", "rows", "losses", "seconds", "class_weights"}
 
 
 def training_parser(description, recipe, quick):
@@ -792,23 +796,103 @@ def warmup_steps(warmup, steps, steps_per_epoch):
     return number
 
 
-def describe_run(args, model, dataset, batch, warmup):
-    """-> the run's folder, and what makes two runs the same: every flag but MAY_CHANGE, and the
-    data behind them."""
-    name = pathlib.Path(args.data_path).resolve().name if args.data_path else "shapes"
-    output = pathlib.Path(args.output_dir or f"runs/{model.task}-{model.spec}-{name}")
-    settings = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
-    return output, settings | {
-        "model": str(model.spec), "data_path": args.data_path and name,
-        "data_files": dataset.fingerprint(), "images": len(dataset),
-        "classes": dataset.num_classes, "effective_batch": batch, "warmup": warmup,
-        "pretrain": args.pretrain and "/".join(os.path.abspath(args.pretrain).split("/")[-2:])}
+class Run:
+    """A training run: its folder, which process 0 alone locks and writes, and where it stands.
 
+    settings: {name: primitive} of what makes two runs the same; state: to go on from, or None;
+    step: finished steps; rows: of the log, one for each finished epoch; losses, seconds: of the
+    epoch that has begun; best: {"epoch": the best so far, metric: its result}."""
 
-def settings_block(settings):
-    """The whole configuration of a run in one block."""
-    words = [f"{key.replace('_', '-')}={value}" for key, value in sorted(settings.items())]
-    return textwrap.fill("  ".join(words), 100, break_on_hyphens=False)
+    def __init__(self, args, processes, model, dataset, batch, metric):
+        name = pathlib.Path(args.data_path).resolve().name if args.data_path else "shapes"
+        settings = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE}
+        self.settings = settings | {
+            "model": str(model.spec), "data_path": args.data_path and name,
+            "data_files": dataset.fingerprint(), "images": len(dataset),
+            "classes": dataset.num_classes, "effective_batch": batch,
+            "pretrain": args.pretrain and "/".join(os.path.abspath(args.pretrain).split("/")[-2:])}
+        self.output = pathlib.Path(args.output_dir or f"runs/{model.task}-{model.spec}-{name}")
+        self.args, self.processes, self.batch, self.metric = args, processes, batch, metric
+        self.step, self.rows, self.losses, self.seconds = 0, [], [], 0.0
+        self.best, self.state = {"epoch": 0, metric: -1.0}, None
+        if processes.rank == 0:
+            self.lock = lock_folder(self.output)
+            self.state = find_state(self.output, args.resume, self.settings)
+
+    def begin(self, parts, facts, images, steps_per_epoch):
+        """Go on from the state, if there is one, and print the configuration. parts: {name: what
+        has a state_dict, or None}; facts: what the files hold besides; images: to validate on."""
+        args, processes, state = self.args, self.processes, self.state
+        self.parts, self.facts, self.state = parts, facts, None
+        if state:
+            for name in [name for name in parts if parts[name]]:
+                parts[name].load_state_dict(state[name])
+            for name in ("step", "rows", "losses", "seconds", "best"):
+                setattr(self, name, state[name])
+        self.start = time.time() - self.seconds
+        if processes.rank > 0:
+            return
+        words = [f"{key.replace('_', '-')}={value}" for key, value in sorted(self.settings.items())]
+        print(textwrap.fill("  ".join(words), 100, break_on_hyphens=False))
+        parameters = sum(p.numel() for p in parts["model"].parameters()) / 1e6
+        print(f"{parameters:.2f} M parameters, {images} images to validate on, "
+              f"{processes.device.type}; effective batch {self.batch} = {args.batch_size} images x "
+              f"{processes.world} processes x {args.accum} passes, {steps_per_epoch} steps an "
+              f"epoch; output: {self.output}")
+        if len(self.rows) == args.epochs:
+            print("complete already; a new run needs another --output-dir")
+        elif self.step:
+            print(f"continuing after step {self.step} of {args.epochs * steps_per_epoch}")
+
+    def check_finite(self, loss, norm, lr, scaler):
+        """UserError before an update by a loss or gradient that is not finite. In fp16 an infinite
+        gradient is no error at first: the scaler skips the update and halves its factor."""
+        scaler_skips = scaler.is_enabled() and scaler.get_scale() > 1e-4
+        if not (math.isfinite(loss) and (math.isfinite(norm) or scaler_skips)):
+            last = self.output / "last.pt"
+            weights = f" --pretrain {last}" if last.exists() else ""
+            raise UserError(f"step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g} at lr "
+                            f"{lr:.3g}; stopped before the update. Begin a new run: --output-dir "
+                            f"NEW{weights} with a lower --lr, --clip 1 or --amp bf16")
+
+    def save(self, name="last.pt", without=()):
+        """Write last.pt, from which the run goes on with its next step; or a part of it."""
+        self.seconds = time.time() - self.start
+        if self.processes.rank == 0:
+            states = {name: part and part.state_dict() for name, part in self.parts.items()}
+            content = states | self.facts | {
+                "spec": describe(self.parts["model"]), "args": self.settings, "best": self.best,
+                "epoch": len(self.rows), "step": self.step, "rows": self.rows,
+                "losses": self.losses, "seconds": self.seconds}
+            save_checkpoint(self.output / name, {
+                key: value for key, value in content.items() if key not in without})
+
+    def close_epoch(self, lr, metrics, peak_memory):
+        """Add a row to the log, print it in a line, and write best.pt, if this is the best so far,
+        before last.pt: a run that ends between them validates again, with the same bits.
+        -> whether it is the best so far"""
+        epoch, metric, epochs = len(self.rows) + 1, self.metric, self.args.epochs
+        loss, seconds = math.fsum(self.losses) / len(self.losses), time.time() - self.start
+        speed = len(self.losses) * self.batch / self.seconds      # up to the last step's save
+        self.rows.append({"epoch": epoch, "step": self.step, "loss": loss, "lr": lr, **metrics,
+                          "seconds": seconds, "images_per_second": speed,
+                          "peak_memory_gib": peak_memory})
+        improved = metrics.get(metric, -1.0) > self.best[metric]
+        if improved:
+            self.best = {"epoch": epoch, metric: metrics[metric]}
+        self.losses, self.start = [], time.time()
+        if self.processes.rank > 0:
+            return improved
+        left = round(sum(row["seconds"] for row in self.rows) / epoch * (epochs - epoch))
+        result = f", {metric} {metrics[metric]:.2f} %" if metrics else ""
+        best = " (best)" if improved else ""
+        print(f"epoch {epoch}/{epochs}: loss {loss:.4f}{result}{best}, {seconds:.0f} s, "
+              f"{datetime.timedelta(seconds=left)} left")
+        if improved:
+            self.save("best.pt", without=TO_GO_ON)
+        self.save()
+        write_log(self.output, self.rows)
+        return improved
 
 
 @torch.no_grad()
@@ -822,24 +906,6 @@ def update_average(average, model, decay, step):
     for mean, value in pairs:
         if not mean.is_floating_point():
             mean.copy_(value)
-
-
-def not_finite(step, loss, norm, lr, output):
-    """The error for a loss or a gradient that is not finite, with the way on."""
-    weights = f" --pretrain {output / 'last.pt'}" if (output / "last.pt").exists() else ""
-    return UserError(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g} at lr {lr:.3g}; "
-                     f"stopped before the update. Begin a new run: --output-dir NEW{weights} with "
-                     "a lower --lr, --clip 1 or --amp bf16")
-
-
-def epoch_line(rows, epochs, metric, improved):
-    """One line on the last epoch of the log, with the time left."""
-    row = rows[-1]
-    left = sum(r["seconds"] for r in rows) / len(rows) * (epochs - len(rows))
-    result = f", {metric} {row[metric]:.2f} %" if metric in row else ""
-    best = " (best)" if improved else ""
-    return (f"epoch {len(rows)}/{epochs}: loss {row['loss']:.4f}{result}{best}, "
-            f"{row['seconds']:.0f} s, {datetime.timedelta(seconds=round(left))} left")
 
 
 # ---- A model's description and its way back ------------------------------------------------------

@@ -9,7 +9,6 @@ curve.png and samples.png; the same command continues it, on a CPU to the bit as
 import contextlib
 import copy
 import math
-import time
 
 import torch
 import torch.distributed as dist
@@ -64,7 +63,6 @@ def main(argv=None):
     args = arguments(argv)
     processes = data.start(args.device, args.timeout)
     rank, world, device = processes.rank, processes.world, processes.device
-    report = print if rank == 0 else lambda *_: None
     models.settle_arguments(args, RECIPE, QUICK, processes)
     data.tune(device, args.deterministic)
 
@@ -75,7 +73,7 @@ def main(argv=None):
     batch = args.batch_size * world * args.accum
     steps_per_epoch = len(loader) // args.accum
     steps = args.epochs * steps_per_epoch
-    warmup = models.warmup_steps(args.warmup, steps, steps_per_epoch)
+    args.warmup = models.warmup_steps(args.warmup, steps, steps_per_epoch)
 
     # The model starts from the same weights in every process.
     torch.manual_seed(args.seed % 2 ** 64)
@@ -86,20 +84,15 @@ def main(argv=None):
 
     # The run's folder, and the state in it to go on from. Process 0 reads for all, and hands the
     # state on: the others may be on machines that do not see the folder.
-    output, settings = models.describe_run(args, model, train_set, batch, warmup)
-    state = None
+    run = models.Run(args, processes, model, train_set, batch, "mIoU")
     if rank == 0:
-        lock = models.lock_folder(output)       # held for as long as this variable lives
-        state = models.find_state(output, args.resume, settings)
         for note in train_set.check() + val_set.check():
             print(f"note: {note}")
-    state = data.broadcast(state)
+    run.state = data.broadcast(run.state)
 
     # Weights, optimizer, scaler and moving average: fresh, or as the state has them. With several
     # processes DDP gives process 0's weights to all, so that the others need not read --pretrain.
-    if state:
-        model.load_state_dict(state["model"])
-    elif args.pretrain and rank == 0:
+    if args.pretrain and rank == 0 and not run.state:
         print(models.load_pretrained(model, args.pretrain))
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -114,69 +107,39 @@ def main(argv=None):
         net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
 
-    # Where the run stands: finished steps, a row for each finished epoch, the losses and the
-    # seconds of the epoch that has begun.
-    done, rows, losses, seconds = 0, [], [], 0.0
-    best, class_weights = {"epoch": 0, "mIoU": -1.0}, None
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if average:
-            average.load_state_dict(state["ema"])
-        done, rows, losses, seconds = (state[key] for key in ("step", "rows", "losses", "seconds"))
-        best, class_weights = state["best"], state["class_weights"]
-    elif args.class_weights:
-        class_weights = data.class_weights(train_set, args.class_weights) if rank == 0 else None
-        class_weights = data.broadcast(class_weights)
-    state = None
+    # The loss, whose class weights are a part of the state.
+    class_weights = run.state["class_weights"] if run.state else None
+    if args.class_weights and rank == 0 and not run.state:
+        class_weights = data.class_weights(train_set, args.class_weights)
+    class_weights = data.broadcast(class_weights)
     criterion = UpsampledCrossEntropy(data.IGNORED, class_weights).to(device)
     amp_dtype = models.AMP[args.amp]
 
-    def checkpoint():
-        """What is needed to use the weights: the content of best.pt, and a part of last.pt."""
-        return {"spec": models.describe(model), "model": model.state_dict(),
-                "ema": average and average.state_dict(), "classes": list(val_set.classes),
-                "colors": val_set.colors.tolist(), "first_id": val_set.first_id,
-                "args": settings, "epoch": len(rows), "best": best}
+    # Go on from the state, if there is one, and say what begins.
+    run.begin(dict(model=model, ema=average, optimizer=optimizer, scaler=scaler),
+              dict(classes=list(val_set.classes), colors=val_set.colors.tolist(),
+                   first_id=val_set.first_id, class_weights=class_weights),
+              len(val_set), steps_per_epoch)
 
-    def save(seconds):
-        """Write last.pt, from which the run goes on with its next step."""
-        if rank == 0:
-            models.save_checkpoint(output / "last.pt", checkpoint() | {
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": done,
-                "rows": rows, "losses": losses, "seconds": seconds,
-                "class_weights": class_weights})
-
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    report(models.settings_block(settings))
-    report(f"{parameters:.2f} M parameters, {len(val_set)} images to validate on, {device.type}; "
-           f"effective batch {batch} = {args.batch_size} images x {world} processes x {args.accum} "
-           f"passes, {steps_per_epoch} steps an epoch; output: {output}")
-    if len(rows) == args.epochs:
-        report("complete already; a new run needs another --output-dir")
-    elif done:
-        report(f"continuing after step {done} of {steps}")
-
-    for epoch in range(len(rows), args.epochs):
+    for epoch in range(len(run.rows), args.epochs):
         # The order of the images is a function of (seed, epoch), so that the loader can begin at
         # any step of it; workers, if there are any, start to read ahead.
         last_step = (epoch + 1) * steps_per_epoch
-        data.set_epoch(loader, epoch, start=(done - epoch * steps_per_epoch) * args.accum)
+        data.set_epoch(loader, epoch, start=(run.step - epoch * steps_per_epoch) * args.accum)
         batches = iter(loader)
         model.train()
-        start = time.time() - seconds
-        bar = data.progress(range(done, last_step), f"epoch {epoch + 1}/{args.epochs}", rank)
+        bar = data.progress(range(run.step, last_step), f"epoch {epoch + 1}/{args.epochs}", rank)
 
         # A request to stop (SIGTERM, Ctrl-C) waits for the end of the step.
         with data.STOP.postponed():
-            passes = data.take(batches, args.accum, device) if done < last_step else None
+            passes = data.take(batches, args.accum, device) if run.step < last_step else None
             for step in bar:
                 # Dropout, drop-path and the NMF's bases depend on (seed, step, rank): there is
                 # no random state to save.
                 torch.manual_seed(data.seed_of(args.seed, step, rank))
 
                 # Set the learning rate of this step; the head's is a multiple of the encoder's.
-                lr = learning_rate(step, steps, warmup, args)
+                lr = learning_rate(step, steps, args.warmup, args)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_factor"]
 
@@ -211,17 +174,12 @@ def main(argv=None):
 
                 # Send the next batches on their way while the device is still at work, then wait
                 # for it: these numbers are all that is read back in a step.
-                passes = None
-                if step + 1 < last_step:
-                    passes = data.take(batches, args.accum, device)
+                passes = data.take(batches, args.accum, device) if step + 1 < last_step else None
                 loss, norm, stop = torch.stack([loss, norm, stop.float()]).tolist()
 
                 # Stop before the update if something is not finite. All processes see the same
-                # two numbers, so all of them stop. In fp16 an infinite gradient is no error at
-                # first: the scaler skips the update and halves its factor.
-                scaler_skips = scaler.is_enabled() and scaler.get_scale() > 1e-4
-                if not (math.isfinite(loss) and (math.isfinite(norm) or scaler_skips)):
-                    raise models.not_finite(step, loss, norm, lr, output)
+                # two numbers, so all of them stop.
+                run.check_finite(loss, norm, lr, scaler)
 
                 # Update the weights, and the moving average of them.
                 scaler.step(optimizer)
@@ -229,58 +187,44 @@ def main(argv=None):
                 optimizer.zero_grad()
                 if average:
                     models.update_average(average, model, args.ema, step)
-                done = step + 1
-                losses.append(loss)
+                run.step = step + 1
+                run.losses.append(loss)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
                 # Save now and then, at a request to stop, and before the validation.
-                if stop or done % args.save_every == 0 or done == last_step:
-                    save(time.time() - start)
+                if stop or run.step % args.save_every == 0 or run.step == last_step:
+                    run.save()
                 if stop:
                     if world > 1:
                         dist.barrier()          # nobody leaves before the state is saved
-                    raise data.Stopped(data.STOP.pending, f"step {done} of {steps} is saved, "
-                                       "the same command goes on from there")
-        seconds = time.time() - start
-        speed = len(losses) * batch / seconds
+                    raise data.Stopped(data.STOP.pending, "saved; the same command goes on")
 
         # Validate on all processes, each on its share of the images. Each process has updated
         # its BatchNorm statistics by its own batches: all take those of process 0.
-        evaluated = (average if average else model).eval()
+        evaluated = (average or model).eval()
         data.share_buffers(model)
         data.share_buffers(evaluated)
-        metrics, improved = {}, False
+        metrics = {}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             matrix = evaluate_seg(evaluated, val_set, processes, args.batch_size, args.workers,
                                   amp=args.amp, short_side=args.crop)
             table = class_table(matrix, val_set.classes)
             metrics = matrix.summary() | {"iou": {name: row["IoU"] for name, row in table.items()}}
-            improved = metrics["mIoU"] > best["mIoU"]
-        if improved:
-            best = {"epoch": epoch + 1, "mIoU": metrics["mIoU"]}
-        rows.append({"epoch": epoch + 1, "step": done, "loss": math.fsum(losses) / len(losses),
-                     "lr": learning_rate(done - 1, steps, warmup, args), **metrics,
-                     "seconds": time.time() - start, "images_per_second": speed,
-                     "peak_memory_gib": data.peak_memory(device)})
-        report(models.epoch_line(rows, args.epochs, "mIoU", improved))
-        losses, seconds = [], 0.0
 
-        # Write the files: best.pt before last.pt, which closes the epoch, and then what is only
-        # looked at. A run that ends before this is validated again, with the same bits.
+        # Write log.jsonl, best.pt and last.pt, and then what is only looked at.
         with data.STOP.postponed():
-            if rank == 0 and improved:
-                models.save_checkpoint(output / "best.pt", checkpoint())
-            save(seconds)
+            lr = learning_rate(run.step - 1, steps, args.warmup, args)
+            improved = run.close_epoch(lr, metrics, data.peak_memory(device))
             if rank == 0:
-                models.write_log(output, rows)
-                with models.tolerated(output / "curve.png"):
-                    data.draw_curves(output / "curve.png", rows, "mIoU")
+                with models.tolerated(run.output / "curve.png") as path:
+                    data.draw_curves(path, run.rows, "mIoU")
             if rank == 0 and improved:
-                with models.tolerated(output / "samples.png"):
-                    save_samples(evaluated, val_set, args.crop, output / "samples.png")
+                with models.tolerated(run.output / "samples.png") as path:
+                    save_samples(evaluated, val_set, args.crop, path)
 
-    report(f"complete: best mIoU {best['mIoU']:.2f} % after epoch {best['epoch']}; "
-           f"{output}: last.pt best.pt log.jsonl and pictures")
+    if rank == 0:
+        print(f"complete: best mIoU {run.best['mIoU']:.2f} % after epoch {run.best['epoch']}; "
+              f"{run.output}: last.pt best.pt log.jsonl and pictures")
 
 
 if __name__ == "__main__":
