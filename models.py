@@ -129,7 +129,7 @@ class Spec:
     norm: str | tuple = "ln"
     skip: str | tuple = "pre"
     head: str = "mlp"
-    decoder: int | tuple | None = None      # width of this head, where it is not the usual one
+    decoder: int | tuple | None = None      # width of this head; None: of its class, or the size
 
     @property
     def overrides(self):
@@ -299,8 +299,7 @@ def next_vit_blocks(attn, dim, reduction, rates, group):
     blocks, last = [], width
     for j, rate in enumerate(rates):
         if group and (j + 1) % group == 0:
-            blocks.append(
-                layers.NextTransformerBlock(attn, last, dim, reduction, j // group, rate))
+            blocks.append(layers.NextTransformerBlock(attn, last, dim, reduction, j // group, rate))
             last = dim
         else:
             blocks.append(layers.NextConvBlock(last, width, rate))
@@ -327,7 +326,8 @@ def build(name, task="seg", num_classes=None, drop_path=None, **slots):
     stages = [build_stage(spec, i, task, list(itertools.islice(rates, depth)), i in uses)
               for i, depth in enumerate(size.depths)]
     if task == "seg":
-        head = HEAD[spec.head](size.dims, num_classes, head_width(spec), size.rank)
+        width = spec.decoder or HEAD[spec.head].width or size.width
+        head = HEAD[spec.head](size.dims, num_classes, width, size.rank)
     else:
         head = layers.Classifier(size.dims[-1], num_classes)
         nn.init.normal_(head.fc.weight, std=0.02)           # as every family has it
@@ -357,21 +357,14 @@ def make_spec(name, **slots):
             raise UserError(f"--{slot} {','.join(words)}: give one word, or four, one for each "
                             "stage (a head has one word)")
         chosen[slot] = words[0] if len(set(words)) == 1 else words
+    if chosen.get("head", MODELS[name].head) != MODELS[name].head:
+        chosen["decoder"] = None                # it is the width of the row's own head
     spec = replace(MODELS[name], **chosen)
     for slot in spec.overrides:
         if SIZES[spec.size].groups and slot in ("ffn", "norm", "skip"):
             raise UserError(f"--{slot} {slots[slot]} does not go with --model {name}: Next-ViT's "
                             "stages have their own ffn, norm and skip; leave it out")
     return spec
-
-
-def head_width(spec):
-    """Width of the decoder: the Spec's, if the head is the row's own, else the head's usual one."""
-    if HEAD[spec.head].width is None:       # the all-MLP decoder
-        return SIZES[spec.size].width
-    if spec.decoder and spec.head == MODELS[spec.name].head:
-        return spec.decoder
-    return HEAD[spec.head].width
 
 
 def smallest_image(spec):
@@ -441,13 +434,10 @@ class Parser(argparse.ArgumentParser):
 def bounded(kind, fits, rule):
     """A type for argparse, whose own one-line error then names the flag and says the rule."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text!r}: {rule}")
-        return value
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r}: {rule}")
     return parse
 
 
@@ -646,8 +636,7 @@ def lock_folder(output):
         raise UserError(f"{output}: another run is writing here ({lock.read(200).strip()}); "
                         "wait for it or choose another --output-dir")
     except OSError as error:
-        print(f"note: {output} cannot be locked ({error.strerror}); "
-              "see to it that no other run writes there")
+        print(f"note: {output} cannot be locked ({error.strerror}): let no other run write there")
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
@@ -655,9 +644,9 @@ def lock_folder(output):
 
 
 def find_state(output, resume, settings):
-    """The state to go on from, or None; the folder's own last.pt goes before --resume. UserError
-    names all `settings` {name: primitive}, what makes two runs the same, that differ. A state from
-    elsewhere is copied here with its best.pt, and the log is made whole."""
+    """The state to go on from, or None; the folder's own last.pt goes before --resume. A state from
+    elsewhere is copied here with its best.pt, and the log is made whole. UserError names all
+    settings {name: primitive} that differ."""
     path, log = output / "last.pt", output / "log.jsonl"
     if not path.exists():
         if log.exists() and log.stat().st_size:
@@ -671,15 +660,13 @@ def find_state(output, resume, settings):
     kinds = dict(model=dict, optimizer=dict, scaler=dict, args=dict, rows=list, best=dict)
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind)
                                               for key, kind in kinds.items()):
-        raise UserError(f"{path}: not the last.pt of a run, and only that can be continued; "
-                        "--pretrain takes weights")
+        raise UserError(f"{path}: not the last.pt of a run; --pretrain takes mere weights")
     theirs = state["args"]
     different = [f"{key.replace('_', '-')} was {theirs.get(key)}, now {settings.get(key)}"
                  for key in settings | theirs if theirs.get(key) != settings.get(key)]
     if different:
-        raise UserError(f"{path}: is of another run: {'; '.join(different)}. Give the same flags "
-                        "to continue it; for a new run choose another --output-dir, and begin it "
-                        f"with --pretrain {path} to keep the weights")
+        raise UserError(f"{path}: is of another run: {'; '.join(different)}. Continue it with the "
+                        f"same flags, or begin a new run: --output-dir NEW --pretrain {path}")
     if path.parent != output:           # this folder is complete before it has a last.pt
         for name in ("best.pt", "samples.png", "last.pt"):
             if (file := path.with_name(name)).exists():
@@ -738,8 +725,7 @@ def training_parser(description, recipe, quick):
     add("--accum", "passes per step; they multiply the batch", type=positive_int, default=1)
     add("--lr", "learning rate of the encoder", type=positive)
     add("--weight-decay", "of matrices and kernels", type=non_negative)
-    add("--warmup", "linear, in steps, or in epochs: 5e (default 1500, at most 5 %% of all)",
-        type=steps_or_epochs, metavar="N|Ne")
+    add("--warmup", "steps, or 5e: epochs (default 1500, at most 5 %%)", type=steps_or_epochs)
     add("--clip", "largest norm of the gradient", type=positive)
     add("--ema", "evaluate and keep a moving average of the weights; without a value: 0.9998",
         type=share, nargs="?", const=0.9998, default=0.0, metavar="DECAY")
@@ -751,8 +737,7 @@ def training_parser(description, recipe, quick):
     add("--eval-every", "epochs per validation", type=positive_int, default=1, metavar="EPOCHS")
     add("--save-every", "write last.pt this often", type=positive_int, default=500, metavar="STEPS")
     add("--seed", "of weights, order, augmentation and dropout", type=count, default=0)
-    add("--workers", "loader processes per training process (default: on CUDA its share of the "
-        "cores, at most 8; else 2 [0])", type=count)
+    add("--workers", "loader processes per process (default 2 [0], on CUDA up to 8)", type=count)
     add("--timeout", "wait for a silent process", type=positive, default=300, metavar="SECONDS")
     add("--device", "cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--output-dir", "default runs/TASK-MODEL-DATA; a folder with a last.pt is continued")
@@ -762,16 +747,14 @@ def training_parser(description, recipe, quick):
 
 def settle_arguments(args, recipe, quick, processes):
     """Fill in what was not given, and refuse what does not go together."""
-    for key, value in (recipe if args.data_path else quick).items():
-        if getattr(args, key) is not None:
-            continue
-        if key == "batch_size":
-            parts = processes.world * args.accum
-            if value % parts:
-                raise UserError(f"--batch-size: the recipe's {value} images cannot be shared by "
-                                f"{processes.world} processes x {args.accum} passes; give a value")
-            value //= parts
-        setattr(args, key, value)
+    values = recipe if args.data_path else quick
+    batch, rest = divmod(values["batch_size"], processes.world * args.accum)
+    if args.batch_size is None and rest:
+        raise UserError(f"--batch-size: {processes.world} processes x {args.accum} passes cannot "
+                        f"share the recipe's {values['batch_size']} images; give a value")
+    for key, value in (values | {"batch_size": batch}).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     for flag, given in (("--sync-bn", args.sync_bn), ("--deterministic", args.deterministic)):
         if given and processes.device.type != "cuda":
             raise UserError(f"{flag}: for CUDA only; leave it out on the CPU")
@@ -799,9 +782,9 @@ def warmup_steps(warmup, steps, steps_per_epoch):
 class Run:
     """A training run: its folder, which process 0 alone locks and writes, and where it stands.
 
-    settings: {name: primitive} of what makes two runs the same; state: to go on from, or None;
-    step: finished steps; rows: of the log, one for each finished epoch; losses, seconds: of the
-    epoch that has begun; best: {"epoch": the best so far, metric: its result}."""
+    settings: {name: primitive}, what makes two runs the same; state: to go on from, or None; step:
+    finished steps; rows: of the log, one for each finished epoch; losses, seconds: of the epoch
+    that has begun; best: {"epoch": number of the best one so far, metric: its result}."""
 
     def __init__(self, args, processes, model, dataset, batch, metric):
         name = pathlib.Path(args.data_path).resolve().name if args.data_path else "shapes"
@@ -820,13 +803,14 @@ class Run:
             self.state = find_state(self.output, args.resume, self.settings)
 
     def begin(self, parts, facts, images, steps_per_epoch):
-        """Go on from the state, if there is one, and print the configuration. parts: {name: what
-        has a state_dict, or None}; facts: what the files hold besides; images: to validate on."""
+        """Go on from the state, if there is one, and print what begins. parts: {name: what has a
+        state_dict, or None}; facts: what the files hold besides; images: number to validate on."""
         args, processes, state = self.args, self.processes, self.state
         self.parts, self.facts, self.state = parts, facts, None
         if state:
-            for name in [name for name in parts if parts[name]]:
-                parts[name].load_state_dict(state[name])
+            for name, part in parts.items():
+                if part:
+                    part.load_state_dict(state[name])
             for name in ("step", "rows", "losses", "seconds", "best"):
                 setattr(self, name, state[name])
         self.start = time.time() - self.seconds
@@ -839,9 +823,7 @@ class Run:
               f"{processes.device.type}; effective batch {self.batch} = {args.batch_size} images x "
               f"{processes.world} processes x {args.accum} passes, {steps_per_epoch} steps an "
               f"epoch; output: {self.output}")
-        if len(self.rows) == args.epochs:
-            print("complete already; a new run needs another --output-dir")
-        elif self.step:
+        if self.step:
             print(f"continuing after step {self.step} of {args.epochs * steps_per_epoch}")
 
     def check_finite(self, loss, norm, lr, scaler):
@@ -856,7 +838,7 @@ class Run:
                             f"NEW{weights} with a lower --lr, --clip 1 or --amp bf16")
 
     def save(self, name="last.pt", without=()):
-        """Write last.pt, from which the run goes on with its next step; or a part of it."""
+        """Write last.pt, from which the run goes on with its next step, or less of the same."""
         self.seconds = time.time() - self.start
         if self.processes.rank == 0:
             states = {name: part and part.state_dict() for name, part in self.parts.items()}

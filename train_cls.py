@@ -34,8 +34,7 @@ QUICK = dict(model="segformer_b0", image_size=64, epochs=10, batch_size=16, lr=2
 
 def arguments(argv=None):
     parser, add = models.training_parser("Train a classifier.", RECIPE, QUICK)
-    add("--data-path", "Tiny-ImageNet or train/CLASS/*.jpg + val/CLASS/*.jpg "
-        "(default: shapes drawn by data.py)")
+    add("--data-path", "Tiny-ImageNet or {train,val}/CLASS/*.jpg (default: shapes of data.py)")
     add("--image-size", "side of the images in pixels", type=models.positive_int)
     add("--rand-augment", "RandAugment", action=argparse.BooleanOptionalAction)
     add("--erase", "probability of random erasing", type=models.share)
@@ -224,7 +223,7 @@ def main(argv=None):
 
     if rank == 0:
         print(f"complete: best top-1 {run.best['top1']:.2f} % after epoch {run.best['epoch']}; "
-              f"{run.output}: last.pt best.pt log.jsonl and pictures")
+              f"{run.output} has the files; a new run needs another --output-dir")
 
 
 if __name__ == "__main__":

@@ -107,12 +107,11 @@ def main(argv=None):
         net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
 
-    # The loss, whose class weights are a part of the state.
+    # The loss, whose class weights are counted once, by process 0, and stay in the state.
     class_weights = run.state["class_weights"] if run.state else None
     if args.class_weights and rank == 0 and not run.state:
         class_weights = data.class_weights(train_set, args.class_weights)
-    class_weights = data.broadcast(class_weights)
-    criterion = UpsampledCrossEntropy(data.IGNORED, class_weights).to(device)
+    criterion = UpsampledCrossEntropy(data.IGNORED, data.broadcast(class_weights)).to(device)
     amp_dtype = models.AMP[args.amp]
 
     # Go on from the state, if there is one, and say what begins.
@@ -224,7 +223,7 @@ def main(argv=None):
 
     if rank == 0:
         print(f"complete: best mIoU {run.best['mIoU']:.2f} % after epoch {run.best['epoch']}; "
-              f"{run.output}: last.pt best.pt log.jsonl and pictures")
+              f"{run.output} has the files; a new run needs another --output-dir")
 
 
 if __name__ == "__main__":
