@@ -242,8 +242,8 @@ class Encoder(nn.Module):
 
     def forward(self, images):
         if min(images.shape[2:]) < self.smallest:
-            raise UserError(f"image of {images.shape[3]} x {images.shape[2]} pixels: this model "
-                            f"needs {self.smallest} pixels a side; give larger images")
+            height, width = images.shape[2:]
+            raise UserError(f"{width} x {height}: this model needs {self.smallest} pixels a side")
         x, maps = images, []
         for stage in self.stages:
             x, out = stage(x)
@@ -755,12 +755,10 @@ def settle_arguments(args, recipe, quick, processes):
     for key, value in (values | {"batch_size": batch}).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    for flag, given in (("--sync-bn", args.sync_bn), ("--deterministic", args.deterministic)):
-        if given and processes.device.type != "cuda":
-            raise UserError(f"{flag}: for CUDA only; leave it out on the CPU")
-    for flag, given in (("--sync-bn", args.sync_bn), ("--checkpointing", args.checkpointing)):
-        if given and args.compile:
-            raise UserError(f"{flag} with --compile: PyTorch cannot compile it; leave one out")
+    if (args.sync_bn or args.deterministic) and processes.device.type != "cuda":
+        raise UserError("--sync-bn, --deterministic: for CUDA only; leave them out on the CPU")
+    if (args.sync_bn or args.checkpointing) and args.compile:
+        raise UserError("--sync-bn, --checkpointing: not with --compile, PyTorch cannot compile it")
 
 
 def steps_or_epochs(text):

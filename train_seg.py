@@ -31,10 +31,10 @@ def arguments(argv=None):
     add("--data-path", "a data set like ADE20K, see data.py (default: shapes drawn by data.py)")
     add("--zero-is-class", "id k of a mask is class k, not class k-1", action="store_true")
     add("--crop", "side of the training crops in pixels", type=models.positive_int)
-    add("--scale-base", "views are 0.5 to 2 times as large as what fits into (4 SIDE, SIDE) "
-        "(default: the crop)", type=models.positive_int, metavar="SIDE")
-    add("--class-weights", "of the loss: 'balanced', the inverse square root of a class's share of "
-        "the pixels, or a JSON file {class: weight}", metavar="FILE")
+    add("--scale-base", "short side that views have 0.5 to 2 times (default: the crop)",
+        type=models.positive_int, metavar="SIDE")
+    add("--class-weights", "'balanced' (by shares of the pixels) or JSON {class: weight}",
+        metavar="FILE")
     add("--head-lr", "the head learns this many times as fast as the encoder", type=models.positive)
     add("--power", "of the schedule", type=models.positive, default=1.0)
     add("--min-lr", "where the schedule ends", type=models.non_negative, default=0.0)
