@@ -35,6 +35,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -378,20 +379,17 @@ def take(batches, count, device):
     return [[part.to(device, non_blocking=True) for part in next(batches)] for _ in range(count)]
 
 
-class Lines:
-    """Where stderr is a file, such as a cluster's log: a line for each time that a bar is drawn."""
-
-    def write(self, text):
+def progress(iterable, title, rank=0, total=None, pause=30):
+    """A tqdm bar in the terminal of process 0; in a file, such as a cluster's log, a line each
+    `pause` seconds (if its set_postfix is given refresh=False: else it would draw each time)."""
+    def write(text):
         if text.strip():
             print(text.strip(), file=sys.stderr)
 
-
-def progress(iterable, title, rank=0, total=None, pause=30):
-    """A tqdm bar in the terminal of process 0; in a file a line each `pause` seconds (if its
-    set_postfix is given refresh=False: else it would draw each time)."""
     options = {}
     if not sys.stderr.isatty():
-        options = dict(file=Lines(), mininterval=pause, maxinterval=pause, delay=pause)
+        lines = SimpleNamespace(write=write)
+        options = dict(file=lines, mininterval=pause, maxinterval=pause, delay=pause)
     return tqdm(iterable, title, total, leave=False, disable=rank > 0, **options)
 
 

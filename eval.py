@@ -108,14 +108,6 @@ class ConfusionMatrix:
                 "mAcc": 100 * self.accuracy().nanmean().item(),
                 "val_loss": (self.loss_sum / total).item()}
 
-    def confusions(self):
-        """The three largest mistakes, [(label, prediction, share of all labelled pixels)]."""
-        wrong = self.counts - self.counts.diag().diag()
-        counts, cells = wrong.flatten().topk(min(3, wrong.numel()))
-        total = self.counts.sum().item()
-        return [(*divmod(cell, self.num_classes), count / total)
-                for count, cell in zip(counts.tolist(), cells.tolist()) if count]
-
 
 # ---- Segmentation --------------------------------------------------------------------------------
 
@@ -394,13 +386,16 @@ def class_table(matrix, classes):
 
 
 def print_classes(matrix, table, classes):
-    """The table, and what is confused most."""
+    """The table, and the three largest mistakes."""
     print(f"{'class':<28}{'IoU':>8}{'Acc':>8}{'precision':>11}{'F1':>8}")
     for name, figures in table.items():
         iou, acc, precision, f1 = ["-" if x is None else f"{x:.2f}" for x in figures.values()]
         print(f"{name[:27]:<28}{iou:>8}{acc:>8}{precision:>11}{f1:>8}")
-    worst = [f"{classes[label]} taken for {classes[pred]} {100 * share:.2f} %"
-             for label, pred, share in matrix.confusions()]
+    wrong = (matrix.counts - matrix.counts.diag().diag()).flatten()
+    counts, cells = wrong.topk(min(3, len(wrong)))
+    worst = [f"{classes[cell // len(classes)]} taken for {classes[cell % len(classes)]} "
+             f"{100 * count / matrix.counts.sum():.2f} %"
+             for count, cell in zip(counts, cells) if count]
     print(f"worst confusions, of all labelled pixels: {', '.join(worst) or 'none'}")
 
 
