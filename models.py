@@ -954,21 +954,19 @@ def know(model, checkpoint, path):
 
 # A row is "ours theirs", modules or tensors; a last part (.weight, .bias, ...) is the same in both.
 # In ours: {i} stage, {j} block or other position, {a|b} one of these words; before a name without
-# "head." stands "encoder.stages.". In theirs: the same, {c|d} the word in the place of ours or {x}
-# the very same, c+d two tensors that we hold as one, stacked along the first axis; and {h} = i - 1,
-# {I} = i + 1, {II} = i + 2, {E} = 2i, {O} = 2i + 1, {J2} = 2j, {R} = 8, 4, 2, {k} the position of
-# the block over all stages (without j: of the stage's first). The first row that fits counts. By
-# MIT's second, our encoder.stages.2.blocks.0.ffn.norm.weight is their block3.0.norm2.weight.
+# "head." stands "encoder.stages.". In theirs: the same or sums of it, {first} and {k} the places of
+# the stage's first block and of block j among all; {c|d} the word in the place of ours or {x} our
+# first, c+d two tensors that we hold as one, stacked along the first axis. The first row that fits
+# counts. By MIT's second, our encoder.stages.2.blocks.0.ffn.norm is their block3.0.norm2.
 MIT = """
-    {i}.embed.{conv|norm}                           patch_embed{I}.{proj|norm}
-    {i}.blocks.{j}.{attn|ffn}.norm                  block{I}.{j}.{norm1|norm2}
-    {i}.blocks.{j}.attn.branch.{q|kv|sr|norm|proj}  block{I}.{j}.attn.{x}
-    {i}.blocks.{j}.ffn.branch.{fc1|dwconv|fc2}      block{I}.{j}.mlp.{fc1|dwconv.dwconv|fc2}
-    {i}.norm                                        norm{I}
+    {i}.embed.{conv|norm}                           patch_embed{i+1}.{proj|norm}
+    {i}.blocks.{j}.{attn|ffn}.norm                  block{i+1}.{j}.{norm1|norm2}
+    {i}.blocks.{j}.attn.branch.{q|kv|sr|norm|proj}  block{i+1}.{j}.attn.{x}
+    {i}.blocks.{j}.ffn.branch.{fc1|dwconv|fc2}      block{i+1}.{j}.mlp.{fc1|dwconv.dwconv|fc2}
+    {i}.norm                                        norm{i+1}
 """
 LITE = """
-    {i}.blocks.{j}.attn.{norm1|norm2}           block.{i}.{j}.{layer_norm_11|layer_norm_12}
-    {i}.blocks.{j}.ffn.{norm1|norm2}            block.{i}.{j}.{layer_norm_21|layer_norm_22}
+    {i}.blocks.{j}.{attn|ffn}.norm{1|2}         block.{i}.{j}.layer_norm_{1|2}{1|2}
     {i}.blocks.{j}.attn.branch.{kv|reprojection} block.{i}.{j}.attention.self.{x}
     {i}.blocks.{j}.attn.branch.{queries|keys|values} block.{i}.{j}.attention.self.{query|key|value}
     {i}.blocks.{j}.ffn.branch.fc1.{conv|norm}   block.{i}.{j}.mlp.{conv1|batch_norm1}
@@ -977,17 +975,17 @@ LITE = """
 """ + MIT
 MSCAN = """
     0.embed.{0.conv|0.norm|1.conv|1.norm}       patch_embed1.proj.{0|1|3|4}
-    {i}.embed.0.{conv|norm}                     patch_embed{I}.{proj|norm}
-    {i}.blocks.{j}.{attn|ffn}.scale             block{I}.{j}.{layer_scale_1|layer_scale_2}
-    {i}.blocks.{j}.attn.branch.{proj_1|proj_2}  block{I}.{j}.attn.{x}
-    {i}.blocks.{j}.attn.branch.{local|mix}      block{I}.{j}.attn.spatial_gating_unit.{conv0|conv3}
-    {i}.blocks.{j}.attn.branch.strips.{0|1|2}.0 block{I}.{j}.attn.spatial_gating_unit.conv{x}_1
-    {i}.blocks.{j}.attn.branch.strips.{0|1|2}.1 block{I}.{j}.attn.spatial_gating_unit.conv{x}_2
+    {i}.embed.0.{conv|norm}                     patch_embed{i+1}.{proj|norm}
+    {i}.blocks.{j}.{attn|ffn}.scale             block{i+1}.{j}.{layer_scale_1|layer_scale_2}
+    {i}.blocks.{j}.attn.branch.{proj_1|proj_2}  block{i+1}.{j}.attn.{x}
+    {i}.blocks.{j}.attn.branch.{local|mix}  block{i+1}.{j}.attn.spatial_gating_unit.{conv0|conv3}
+    {i}.blocks.{j}.attn.branch.strips.{0|1|2}.0 block{i+1}.{j}.attn.spatial_gating_unit.conv{x}_1
+    {i}.blocks.{j}.attn.branch.strips.{0|1|2}.1 block{i+1}.{j}.attn.spatial_gating_unit.conv{x}_2
 """ + MIT
 NEXT_VIT = """
-    0.embed.4.{conv|norm}                       features.{k}.patch_embed.{x}
+    0.embed.4.{conv|norm}                       features.{first}.patch_embed.{x}
     0.embed.{j}.{conv|norm}                     stem.{j}.{x}
-    {i}.embed.1.{conv|norm}                     features.{k}.patch_embed.{x}
+    {i}.embed.1.{conv|norm}                     features.{first}.patch_embed.{x}
     {i}.blocks.{j}.patch_embed.0.{conv|norm}    features.{k}.patch_embed.{x}
     {i}.blocks.{j}.mhca.group_conv.{conv|norm}  features.{k}.mhca.{group_conv3x3|norm}
     {i}.blocks.{j}.mhca.projection              features.{k}.mhca.projection
@@ -1000,7 +998,7 @@ NEXT_VIT = """
 """
 SWIN = """
     0.embed.{proj|norm}                     patch_embed.{proj|norm}
-    {i}.embed.{norm|reduction}              layers.{h}.downsample.{x}
+    {i}.embed.{norm|reduction}              layers.{i-1}.downsample.{x}
     {i}.blocks.{j}.{attn|ffn}.norm          layers.{i}.blocks.{j}.{norm1|norm2}
     {i}.blocks.{j}.attn.branch.{qkv|proj}   layers.{i}.blocks.{j}.attn.{x}
     {i}.blocks.{j}.attn.branch              layers.{i}.blocks.{j}.attn
@@ -1008,81 +1006,74 @@ SWIN = """
     {i}.norm                                norm{i}
 """
 DEST = """
-    {i}.blocks.{j}.attn.branch.k                    block{I}.{j}.attn.k
-    {i}.blocks.{j}.attn.branch.sr.{conv|norm}       block{I}.{j}.attn.{sr|norm}
-    {i}.blocks.{j}.ffn.branch.fc1.{conv|norm}       block{I}.{j}.mlp.{fc1|norm1}
-    {i}.blocks.{j}.ffn.branch.dwconv.{conv|norm}    block{I}.{j}.mlp.{dwconv.dwconv|norm2}
+    {i}.blocks.{j}.attn.branch.k                    block{i+1}.{j}.attn.k
+    {i}.blocks.{j}.attn.branch.sr.{conv|norm}       block{i+1}.{j}.attn.{sr|norm}
+    {i}.blocks.{j}.ffn.branch.fc1.{conv|norm}       block{i+1}.{j}.mlp.{fc1|norm1}
+    {i}.blocks.{j}.ffn.branch.dwconv.{conv|norm}    block{i+1}.{j}.mlp.{dwconv.dwconv|norm2}
 """ + MIT
 # Dialects of a table: (theirs there, theirs here), one after another
 HF = (
-    ("patch_embed{I}.{proj|norm}", "patch_embeddings.{i}.{proj|layer_norm}"),
+    ("patch_embed{i+1}.{proj|norm}", "patch_embeddings.{i}.{proj|layer_norm}"),
     ("attn.{x}", "attention.{self.query|self.key+self.value|self.sr|self.layer_norm|output.dense}"),
-    ("block{I}", "block.{i}"), ("{norm1|norm2}", "{layer_norm_1|layer_norm_2}"),
-    ("fc1", "dense1"), ("fc2", "dense2"), ("norm{I}", "layer_norm.{i}"))
+    ("block{i+1}", "block.{i}"), ("{norm1|norm2}", "{layer_norm_1|layer_norm_2}"),
+    ("fc1", "dense1"), ("fc2", "dense2"), ("norm{i+1}", "layer_norm.{i}"))
 # What state_dict() gives since transformers 5; its save_pretrained keeps to the names above
 HF_5 = (
-    ("patch_embed{I}.{proj|norm}", "stages.{i}.patch_embeddings.{proj|layer_norm}"),
+    ("patch_embed{i+1}.{proj|norm}", "stages.{i}.patch_embeddings.{proj|layer_norm}"),
     ("attn.{x}", "attention.{q_proj|k_proj+v_proj|sequence_reduction.sequence_reduction|"
-     "sequence_reduction.layer_norm|o_proj}"), ("norm{I}", "stages.{i}.layer_norm"),
-    ("block{I}", "stages.{i}.blocks"), ("{norm1|norm2}", "{layernorm_before|layernorm_after}"),
+     "sequence_reduction.layer_norm|o_proj}"), ("norm{i+1}", "stages.{i}.layer_norm"),
+    ("block{i+1}", "stages.{i}.blocks"), ("{norm1|norm2}", "{layernorm_before|layernorm_after}"),
     ("linear_c", "linear_projections"))
-MIT_MMSEG = (("patch_embed{I}.{proj|", "layers.{i}.0.{projection|"), ("block{I}", "layers.{i}.1"),
+MIT_MMSEG = (("patch_embed{i+1}.{proj|", "layers.{i}.0.{projection|"),
              ("attn.{x}", "attn.{attn.in_q|attn.in_k+attn.in_v|sr|norm|attn.out_proj}"),
-             ("mlp.{fc1|dwconv.dwconv|fc2}", "ffn.layers.{0|1|4}"), ("norm{I}", "layers.{i}.2"))
-PVT_V2_TIMM = (("patch_embed{I}", "stages.{i}.downsample"), ("block{I}", "stages.{i}.blocks"),
-               ("norm{I}", "stages.{i}.norm"), ("dwconv.dwconv", "dwconv"))
+             ("mlp.{fc1|dwconv.dwconv|fc2}", "ffn.layers.{0|1|4}"), ("norm{i+1}", "layers.{i}.2"),
+             ("block{i+1}", "layers.{i}.1"))
+PVT_V2_TIMM = (("patch_embed{i+1}", "stages.{i}.downsample"), ("block{i+1}", "stages.{i}.blocks"),
+               ("norm{i+1}", "stages.{i}.norm"), ("dwconv.dwconv", "dwconv"))
 MSCAN_MMSEG = (("dwconv.dwconv", "dwconv"),)
-NEXT_VIT_TIMM = (("features.{k}", "stages.{i}.blocks.{j}"), ("{conv1|conv2}", "{fc1|fc2}"))
-SWIN_TIMM = (("layers.{h}", "layers.{i}"),)
+NEXT_VIT_TIMM = (("features.{first}", "stages.{i}.blocks.0"),
+                 ("features.{k}", "stages.{i}.blocks.{j}"), ("{conv1|conv2}", "{fc1|fc2}"))
+SWIN_TIMM = (("layers.{i-1}", "layers.{i}"),)
 SWIN_TORCHVISION = (("patch_embed.{proj|norm}", "features.0.{0|2}"), ("mlp.{fc1|fc2}", "mlp.{0|3}"),
-                    ("layers.{h}.downsample", "features.{E}"),
-                    ("layers.{i}.blocks", "features.{O}"))
+                    ("layers.{i-1}.downsample", "features.{2i}"),
+                    ("layers.{i}.blocks", "features.{2i+1}"))
 SWIN_MMSEG = (("patch_embed.{proj|", "patch_embed.{projection|"), ("layers", "stages"),
               ("attn", "attn.w_msa"), ("mlp.{fc1|fc2}", "ffn.layers.{0.0|1}"))
 DEST_SEG = (("norm1", "bn1"), ("norm2", "bn2"), ("sr|norm", "sr|bn1"), ("proj|norm", "proj|bn1"))
 # Heads of mmsegmentation, and of the authors' own releases, most of which are built on it
 MLP = """
-        head.projections.{i}    decode_head.linear_c{I}.proj
-        head.fuse.{conv|norm}   decode_head.linear_fuse.{conv|bn}
-        head.classifier         decode_head.linear_pred
+    head.projections.{i}    decode_head.linear_c{i+1}.proj
+    head.fuse.{conv|norm}   decode_head.linear_fuse.{conv|bn}
+    head.classifier         decode_head.linear_pred
 """
-MMSEG_HEADS = {
-    "mlp": MLP,
-    "ham": """
-        head.{squeeze|align}.conv   decode_head.{x}.conv
-        head.{squeeze|align}.norm   decode_head.{x}.gn
-        head.ham_in                 decode_head.hamburger.ham_in.conv
-        head.ham_out.{conv|norm}    decode_head.hamburger.ham_out.{conv|gn}
-        head.classifier             decode_head.conv_seg
-    """,
-    "fpn": """
-        head.{lateral|smooth}.{i}           neck.{lateral_convs|fpn_convs}.{i}.conv
-        head.scale.{i}.{j}.{conv|norm}      decode_head.scale_heads.{i}.{J2}.{conv|bn}
-        head.classifier                     decode_head.conv_seg
-    """,
-    "lawin": """
-        head.projections.{i}                        decode_head.linear_c{II}.proj
-        head.low_level                              decode_head.linear_c1.proj
-        head.{short_path|cat|low_level_fuse}.conv   decode_head.{x}.conv
-        head.{short_path|cat|low_level_fuse}.norm   decode_head.{x}.bn
-        head.image_pool.{conv|norm}                 decode_head.image_pool.1.{conv|bn}
-        head.attentions.{i}.down.0.{conv|norm} decode_head.ds_{R}.0.proj.depthwise_conv.{conv|bn}
-        head.attentions.{i}.down.1.{conv|norm} decode_head.ds_{R}.0.proj.pointwise_conv.{conv|bn}
-        head.attentions.{i}.{theta|phi|g}           decode_head.lawin_{R}.0.{x}.conv
-        head.attentions.{i}.{mixing|norm}           decode_head.lawin_{R}.0.{position_mixing|norm}
-        head.attentions.{i}.out.{conv|norm}         decode_head.lawin_{R}.0.conv_out.{conv|bn}
-    """ + MLP,
-}
-MMSEG_HEADS |= {"mlp_concat": MLP, "lawin_sum": MMSEG_HEADS["lawin"]}
-HF_HEADS = {"cls": "head.fc classifier"} | dict.fromkeys(("mlp", "mlp_concat"), """
-        head.projections.{i}    decode_head.linear_c.{i}.proj
-        head.fuse.{conv|norm}   decode_head.{linear_fuse|batch_norm}
-        head.classifier         decode_head.classifier
-    """)
-LITE_HEADS = HF_HEADS | {"light_ham": """
-        head.squeeze        decode_head.squeeze.conv
-        head.classifier     decode_head.classifier.1
-    """}
+HAM_AND_FPN = """
+    head.{squeeze|align}.{conv|norm}    decode_head.{x}.{conv|gn}
+    head.ham_in                         decode_head.hamburger.ham_in.conv
+    head.ham_out.{conv|norm}            decode_head.hamburger.ham_out.{conv|gn}
+    head.{lateral|smooth}.{i}           neck.{lateral_convs|fpn_convs}.{i}.conv
+    head.scale.{i}.{j}.{conv|norm}      decode_head.scale_heads.{i}.{2j}.{conv|bn}
+    head.classifier                     decode_head.conv_seg
+"""
+LAWIN = """
+    head.projections.{i}                        decode_head.linear_c{i+2}.proj
+    head.low_level                              decode_head.linear_c1.proj
+    head.{short_path|cat|low_level_fuse}.{conv|norm} decode_head.{x}.{conv|bn}
+    head.image_pool.{conv|norm}                 decode_head.image_pool.1.{conv|bn}
+    head.attentions.{i}.down.{0|1}.{conv|norm}
+                                decode_head.ds_{8>>i}.0.proj.{depthwise|pointwise}_conv.{conv|bn}
+    head.attentions.{i}.{theta|phi|g}           decode_head.lawin_{8>>i}.0.{x}.conv
+    head.attentions.{i}.{mixing|norm}           decode_head.lawin_{8>>i}.0.{position_mixing|norm}
+    head.attentions.{i}.out.{conv|norm}         decode_head.lawin_{8>>i}.0.conv_out.{conv|bn}
+""" + MLP
+MMSEG_HEADS = dict(mlp=MLP, mlp_concat=MLP, ham=HAM_AND_FPN, fpn=HAM_AND_FPN, lawin=LAWIN,
+                   lawin_sum=LAWIN)
+HF_MLP = """
+    head.projections.{i}    decode_head.linear_c.{i}.proj
+    head.fuse.{conv|norm}   decode_head.{linear_fuse|batch_norm}
+    head.classifier         decode_head.classifier
+"""
+HF_HEADS = dict(cls="head.fc classifier", mlp=HF_MLP, mlp_concat=HF_MLP)
+LITE_HAM = "head.squeeze decode_head.squeeze.conv\n head.classifier decode_head.classifier.1"
 
 
 @dataclass(frozen=True)
@@ -1105,35 +1096,36 @@ class Format:
     def rows(self, word):
         """With a word's head: (our name, list of theirs), a row for each of the words in {}."""
         choice = re.compile(r"{([^{}]*\|[^{}]*)}")
-        for line in filter(str.strip, f"{self.heads.get(word, '')}\n{self.keys}".splitlines()):
-            ours, theirs = line.split()
+        row = iter(f"{self.heads.get(word, '')} {self.keys}".split())
+        for ours, theirs in zip(row, row):
             for old, new in self.dialect:
                 theirs = theirs.replace(old, new)
             if not ours.startswith("head."):
                 ours, theirs = "encoder.stages." + ours, self.prefix + theirs
-            words = choice.findall(ours) or [""]
-            others = choice.findall(theirs) or words
-            for word, other in zip(words[0].split("|"), others[0].split("|")):
-                parts = [choice.sub(part, theirs) for part in other.split("+")]
-                yield choice.sub(word, ours), [part.replace("{x}", word) for part in parts]
+            if first := choice.search(ours):
+                theirs = theirs.replace("{x}", first[0])
+            spread = [itertools.product(*(words.split("|") for words in choice.findall(name)))
+                      for name in (ours, theirs)]
+            for words, others in zip(*spread):
+                parts = itertools.product(*(other.split("+") for other in others))
+                yield choice.sub("%s", ours) % words, [choice.sub("%s", theirs) % p for p in parts]
 
     def names(self, model):
         """{our name of a tensor: the list of theirs, stacked} for what this format has."""
         if self.keys is None:
             return {key: [key] for key in model.state_dict()}
-        depths, known, names = SIZES[model.spec.size].depths, {}, {}
-        for ours, theirs in self.rows("cls" if model.task == "cls" else model.spec.head):
-            for i, depth in enumerate(depths):
-                for j in range(max(depth, 4)):          # a head and a stem have their positions too
-                    n = {"i": i, "j": j, "h": i - 1, "I": i + 1, "II": i + 2, "E": 2 * i,
-                         "O": 2 * i + 1, "J2": 2 * j, "k": sum(depths[:i]) + j, "R": 8 >> i}
-                    known.setdefault(ours.format(**n), [name.format(**n) for name in theirs])
+        rows = list(self.rows("cls" if model.task == "cls" else model.spec.head))
+        names = {}
         for key in model.state_dict():
-            module, _, end = key.rpartition(".")
-            if key in known:
-                names[key] = known[key]
-            elif module in known:
-                names[key] = [f"{name}.{end}" for name in known[module]]
+            i, j = map(int, re.findall(r"\d+", f"{key}.0.0")[:2])
+            first = sum(SIZES[model.spec.size].depths[:i])
+            places = {"i": i, "j": j, "i-1": i - 1, "i+1": i + 1, "i+2": i + 2, "8>>i": 8 >> i,
+                      "2i": 2 * i, "2i+1": 2 * i + 1, "2j": 2 * j, "first": first, "k": first + j}
+            for ours, theirs in rows:
+                end = key.removeprefix(ours.format(**places))
+                if re.fullmatch(r"(\.\w+)?", end):
+                    names[key] = [name.format(**places) + end for name in theirs]
+                    break
         return names
 
     def read(self, key, tensors):
@@ -1168,7 +1160,7 @@ FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's s
     Format("mmsegmentation SegFormer encoder", MIT, dialect=MIT_MMSEG),
     Format("transformers 5 SegFormer", MIT, HF_HEADS, "segformer.", HF_5),
     Format("transformers 5 SegFormer encoder", MIT, dialect=HF_5),
-    Format("original project", LITE, LITE_HEADS, "segformer.encoder.", HF,
+    Format("original project", LITE, HF_HEADS | {"light_ham": LITE_HAM}, "segformer.encoder.", HF,
            linear=r"\.(q|kv|proj|projections\.\d)$"),
     Format("timm PVTv2", TIMM_STEM + MIT, CLS, dialect=PVT_V2_TIMM),
     Format("MSCAN encoder", MSCAN, CLS, **MSCAN_KIND),
