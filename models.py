@@ -543,13 +543,11 @@ def read_checkpoint(path):
         if zipfile.is_zipfile(path):
             check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UserError, MemoryError):    # a lack of memory is no fault of the file
-        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})")
     except Exception as error:      # torch.load reports a broken file by nearly any other exception
-        if "can't allocate memory" in str(error):       # nor is this, PyTorch's own form of it
-            raise
+        if isinstance(error, (UserError, MemoryError)) or "can't allocate memory" in str(error):
+            raise                   # a lack of memory is no fault of the file
         if kind := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"{path}: could run {kind[1]}; refused; save its state_dict() alone")
         raise UserError(f"{path}: not a readable checkpoint (truncated, damaged or another format)")
@@ -586,11 +584,9 @@ def walk(tree):
             queue.extend(("", part) for part in item)
 
 
-SAFETENSORS = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}
+SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
+                   I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8,
+                   U8=torch.uint8, BOOL=torch.bool)
 
 
 def read_safetensors(path):
@@ -1131,18 +1127,21 @@ class Format:
     def read(self, key, tensors):
         """Their tensors -> ours, up to axes of size 1."""
         value = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        if self.unfold and MERGING.match(key):
-            value = value.reshape(*value.shape[:-1], -1, 2, 2).transpose(-3, -1).flatten(-3)
-        return value
+        return self.reorder(key, value, (-1, 2, 2))
 
     def write(self, key, value, count):
         """Our tensor -> `count` of theirs."""
         if re.search(self.linear, key.removesuffix(".weight")) and value.shape[2:] == (1, 1):
             value = value.flatten(2) if self.conv1d else value.flatten(1)
-        if self.unfold and MERGING.match(key):
-            value = value.reshape(*value.shape[:-1], 2, 2, -1).transpose(-3, -1).flatten(-3)
-        parts = value.chunk(count) if count > 1 else [value]
-        return [part.contiguous() for part in parts]
+        value = self.reorder(key, value, (2, 2, -1))
+        return [part.contiguous() for part in (value.chunk(count) if count > 1 else [value])]
+
+    def reorder(self, key, value, channels):
+        """Turn the channels of a merged patch round; another row's norm has no such patch."""
+        merges = re.match(r"encoder\.stages\.[123]\.embed\.", key) and value.numel() % 4 == 0
+        if self.unfold and merges:
+            value = value.unflatten(-1, channels).transpose(-3, -1).flatten(-3)
+        return value
 
 
 CLS = {"cls": "head.fc head"}
@@ -1181,17 +1180,15 @@ FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's s
     Format("DEST encoder", DEST, CLS, dialect=DEST_SEG, **DEST_KIND),
     Format("DEST segmentor", DEST, MMSEG_HEADS, "backbone.", DEST_SEG, **DEST_KIND),
 ]
-# Of any file, and may be left unread: heads, and what belongs to a loss
+# Of any file, and may be left unread
 HEADS = re.compile(r"(head|classifier|decode_head|auxiliary_head|neck|proj_head)\.")
-LOSSES = re.compile(r"(criterion|loss)\w*\.")
 # What no forward pass reads; and norms that Swin and Next-ViT have for one of the two tasks alone
 DEAD = re.compile(r".*\.(relative_position_index|attn_mask)$|decode_head\.conv_seg\."
+                  r"|(criterion|loss)\w*\.|encoder\.stages\.[012]\.norm\."
                   r"|(backbone\.)?(norm\d?|extra_norm_list\.3|proj_head)\.")
 # A BatchNorm's or an average's: older files lack them, and nothing here reads them
 COUNTERS = ("num_batches_tracked", "n_averaged")
 AVERAGED = re.compile(r"(?i)(?<![a-z])(ema|teacher)")     # a moving average's table or prefix
-TASK_NORMS = re.compile(r"encoder\.stages\.[012]\.norm\.")
-MERGING = re.compile(r"encoder\.stages\.[123]\.embed\.")
 
 
 # ---- Reading and writing them --------------------------------------------------------------------
@@ -1207,8 +1204,7 @@ class Report:
 
     def __str__(self):
         return (f"{self.format}: loaded {len(self.loaded)} tensors; new by design, freshly "
-                f"initialised: {some(self.fresh)}; missing: {some(self.missing)}; "
-                f"unexpected in the file, not used: {some(self.unexpected)}")
+                f"initialised: {some(self.fresh)}; in the file, not used: {some(self.unexpected)}")
 
 
 def some(names, shown=4):
@@ -1226,24 +1222,22 @@ def load_pretrained(model, source):
     UserError, and then the model is as it was."""
     path, state, trained = read_weights(source)
     form, prefix = recognise(model, state)
-    if form is None:
-        raise UserError(f"{path}: none of its {len(state)} tensors ({', '.join(state)[:99]} "
-                        f"...) has a name of a format that {model.spec} is known in")
     outside = [name for name in state
                if not (name.startswith(prefix) or name.endswith(COUNTERS))]
     state = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
-    targets, misfits = model.state_dict(), []
-    found = {key: names for key, names in form.names(model).items() if state.keys() >= set(names)}
-    for key, names in found.items():
-        parts = form.write(key, targets[key], len(names))
-        if [state[name].squeeze().shape for name in names] != [p.squeeze().shape for p in parts]:
-            misfits.append(key)         # a Linear and a 1x1 convolution hold the same matrix
-    missing = [key for key in targets if not (key in found or key.endswith(COUNTERS))]
-    fresh = new_by_design(model, form, state, found, misfits, missing)
-    wrong = [key for key in misfits if key in found and key not in fresh]
-    missing = [key for key in missing if key not in fresh]
-    left = unused(state, found)
-    foreign = [name for name in left if not (HEADS.match(name) or LOSSES.match(name))]
+    targets, found, misfits = model.state_dict(), {}, {}
+    for key, names in form.names(model).items():
+        if state.keys() >= set(names):
+            # without axes of size 1: a Linear and a 1x1 convolution hold the same matrix
+            shapes = [part.squeeze().shape for part in form.write(key, targets[key], len(names))]
+            fits = shapes == [state[name].squeeze().shape for name in names]
+            (found if fits else misfits)[key] = names
+    fresh = new_by_design(model, form, state, found, misfits)
+    left = unused(state, found | misfits)
+    wrong = [key for key in misfits if key not in fresh]
+    missing = [key for key in targets if not (key in found or key in misfits or key in fresh
+                                              or key.endswith(COUNTERS))]
+    foreign = [name for name in left if not HEADS.match(name)]
     if wrong or missing or foreign:
         remedy = "give the --model and the words that it was trained with"
         if trained and trained != model.spec:
@@ -1252,35 +1246,34 @@ def load_pretrained(model, source):
         raise UserError(f"{path}: does not fit {model.spec} ({form.name}; of another shape: "
                         f"{some(wrong, 1)}; missing: {some(missing, 1)}; unexpected: "
                         f"{some(foreign, 1)}); {remedy}")
-    loaded = {key: names for key, names in found.items() if key not in misfits}
-    for key, names in loaded.items():
-        for name in names:
-            check_numbers(f"{path}: {prefix}{name}", state[name], targets[key])
-    for key, names in loaded.items():
-        value = form.read(key, [state[name] for name in names])
+    values = {key: form.read(key, [state[n] for n in names]) for key, names in found.items()}
+    for key, value in values.items():
+        check_numbers(f"{path}: {prefix}{' + '.join(found[key])}", value, targets[key])
+    for key, value in values.items():
         targets[key].copy_(value.reshape(targets[key].shape))
-    return Report(form.name, list(loaded), missing, outside + left, fresh)
+    return Report(form.name, list(found), [], outside + left, fresh)
 
 
-def new_by_design(model, form, state, found, misfits, missing):
-    """-> our names that stay fresh: a classifier of another class count; a head that the file
-    lacks, or has of another kind, as a whole (`found` loses it, although single tensors may fit);
-    norms that the file had no use for."""
-    head = [key for key in model.state_dict() if key.startswith("head.")]
+def new_by_design(model, form, state, found, misfits):
+    """-> our names that stay fresh: a classifier of another class count; or a head that the file
+    lacks, or has of another kind, as a whole (both tables lose it, although single tensors may
+    fit), and then the norms that the file had no use for."""
+    keys = [key for key in model.state_dict() if not key.endswith(COUNTERS)]
+    head = [key for key in keys if key.startswith("head.")]
     fresh = [key for key in misfits if key.startswith(("head.classifier.", "head.fc."))]
-    other = any(key in misfits and key not in fresh for key in head)
-    lacking = any(key in missing for key in head)
-    another = any(HEADS.match(name) for name in unused(state, found))
-    if other or lacking and (another or not any(key in found for key in head)):
-        fresh = [key for key in head if not key.endswith(COUNTERS)]
-        for key in head:
-            found.pop(key, None)
+    lacking = [key for key in head if not (key in found or key in fresh)]
+    another = any(HEADS.match(name) for name in unused(state, found | misfits))
+    if not lacking or not (another or lacking == head or misfits.keys() & lacking):
+        return fresh
+    for table in (found, misfits):
+        for key in [key for key in table if key.startswith("head.")]:
+            del table[key]
     _, tasks, in_trunk = SIZES[model.spec.size].stage_norm
-    if model.task == tasks == "seg" and not (found.keys() - misfits).intersection(head):
-        fresh += [key for key in missing if TASK_NORMS.match(key)]
-        if form.keys and not in_trunk:                  # Swin's last norm is not its classifier's
-            fresh += [key for key in missing if key.startswith("encoder.stages.3.norm.")]
-    return fresh
+    if model.task == tasks == "seg":
+        last = 3 if form.keys and not in_trunk else 2       # Swin's is not its classifier's
+        norms = re.compile(rf"encoder\.stages\.[0-{last}]\.norm\.")
+        head += [key for key in keys if norms.match(key) and key not in found | misfits]
+    return head
 
 
 def read_weights(source):
@@ -1331,8 +1324,8 @@ def largest_table(content):
 
 
 def recognise(model, state):
-    """-> (format, prefix) under which most names are this model's; (None, "") for none. A prefix
-    (module., ...) is whatever stands before such a name; of two, a moving average's is taken."""
+    """-> (format, prefix) under which most names are this model's. A prefix (module., ...) is
+    whatever stands before such a name; of two, a moving average's is taken."""
     ends = []
     for name in state:
         starts = [dot.end() for dot in re.finditer(r"^|\.", name)]
@@ -1343,59 +1336,59 @@ def recognise(model, state):
         hits = Counter(prefix for prefix, end in ends if end in names)
         ranked += [((hit, bool(AVERAGED.search(prefix)), prefix == ""), form, prefix)
                    for prefix, hit in hits.items()]
-    return max(ranked, key=lambda entry: entry[0], default=(0, None, ""))[1:]
+    return max(ranked, key=lambda entry: entry[0], default=(0, FORMATS[0], ""))[1:]
 
 
 def unused(state, used):
     """The file's names that mean anything and are not in {our name: their names}."""
     used = set(itertools.chain(*used.values()))
-    return [name for name in state if not (name in used or DEAD.match(name)
-                                           or TASK_NORMS.match(name) or name.endswith(COUNTERS))]
+    return [name for name in state
+            if not (name in used or DEAD.match(name) or name.endswith(COUNTERS))]
 
 
 def export_pretrained(model, path):
     """Write a model's weights as load_pretrained reads them: a folder for Hugging Face, else a .pth
     file, in the first of the other FORMATS that name most of the tensors. Errors: UserError."""
-    to_hub = not pathlib.Path(path).suffix
-    forms = FORMATS[1:2] if to_hub else FORMATS[2:]
-    names_of, form = max(((f.names(model), f) for f in forms), key=lambda pair: len(pair[0]))
-    if nameless := [key for key in model.state_dict() if key not in names_of]:
+    path = pathlib.Path(path)
+    forms = FORMATS[2:] if path.suffix else FORMATS[1:2]
+    names, form = max(((f.names(model), f) for f in forms), key=lambda pair: len(pair[0]))
+    if nameless := [key for key in model.state_dict() if key not in names]:
         raise UserError(f"{form.name} has no name for tensors of {model.spec}: "
                         f"{some(nameless, 1)}; models.save_checkpoint keeps any model")
     state = {}
     for key, value in model.state_dict().items():
-        state |= zip(names_of[key], form.write(key, value.cpu(), len(names_of[key])))
-    if to_hub:
-        write_hub_directory(pathlib.Path(path), model, state)
-    else:
-        save_checkpoint(path, state)
+        state |= zip(names[key], form.write(key, value.cpu(), len(names[key])))
+    if not path.suffix:
+        write_hub_configs(path, model)
+        path = path / "pytorch_model.bin"
+    save_checkpoint(path, state)
 
 
-def write_hub_directory(folder, model, state):
-    """config.json, preprocessor_config.json and pytorch_model.bin as transformers' SegFormer, with
-    what the model knows of its data, see `know`."""
+def write_hub_configs(folder, model):
+    """config.json and preprocessor_config.json as transformers' SegFormer has them, with what the
+    model knows of its data, see `know`."""
     if (folder / "model.safetensors").exists():
         raise UserError(f"{folder}: has other weights, in model.safetensors; give a new folder")
     if {*zip(*map(model.spec.words, ("embed", "attn", "ffn")))} != {("overlap", "sra", "mix")}:
         raise UserError(f"{folder}: transformers knows the names in {model.spec}, but not its "
                         "blocks; give a .pth file")
-    size = SIZES[model.spec.size]
+    size, for_seg = SIZES[model.spec.size], model.task == "seg"
     classes = getattr(model, "classes", [f"LABEL_{i}" for i in range(model.num_classes)])
-    kind = "SemanticSegmentation" if model.task == "seg" else "ImageClassification"
-    config = {      # the rest is as SegformerConfig has it
-        "model_type": "segformer", "architectures": [f"SegformerFor{kind}"],
-        "depths": size.depths, "hidden_sizes": size.dims, "decoder_hidden_size": size.width,
-        "mlp_ratios": size.ratios, "drop_path_rate": size.drop_path[model.task == "seg"],
-        "id2label": dict(enumerate(classes)),
-        "label2id": {name: i for i, name in enumerate(classes)},
-    }
-    side = getattr(model, "size", None) or (512 if model.task == "seg" else 224)
-    processor = {"image_processor_type": "SegformerImageProcessor",
-                 "size": {"height": side, "width": side},
-                 "do_reduce_labels": getattr(model, "first_id", 0) == 1}
-    save_checkpoint(folder / "pytorch_model.bin", state)
-    for name, content in (("config", config), ("preprocessor_config", processor)):
-        write_file(folder / f"{name}.json", [json.dumps(content, indent=2).encode()])
+    side = getattr(model, "size", None) or (512 if for_seg else 224)
+    kind = "SemanticSegmentation" if for_seg else "ImageClassification"
+    files = {       # the rest is as SegformerConfig has it
+        "config.json": {
+            "model_type": "segformer", "architectures": [f"SegformerFor{kind}"],
+            "depths": size.depths, "hidden_sizes": size.dims, "decoder_hidden_size": size.width,
+            "mlp_ratios": size.ratios, "drop_path_rate": size.drop_path[for_seg],
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: i for i, name in enumerate(classes)}},
+        "preprocessor_config.json": {
+            "image_processor_type": "SegformerImageProcessor",
+            "size": {"height": side, "width": side},
+            "do_reduce_labels": getattr(model, "first_id", 0) == 1}}
+    for name, content in files.items():
+        write_file(folder / name, [json.dumps(content, indent=2).encode()])
 
 
 def export(model, target):
