@@ -531,10 +531,8 @@ def map_file(path):
 
 
 def read_checkpoint(path):
-    """Read a .pt, .pth, .bin or .safetensors file -> its content, on the CPU. Errors: UserError.
-
-    Runs no code (weights_only); archives, tensors and byte arrays that claim more than the file
-    holds are refused."""
+    """Read a .pt, .pth, .bin or .safetensors file -> its content, on the CPU. It runs no code; what
+    claims more than the file holds is refused. Errors: UserError."""
     if pathlib.Path(path).suffix == ".safetensors":
         return read_safetensors(path)
     if map_file(path).find(b"bytearray") >= 0:      # the one type that makes n bytes out of "n"
@@ -1008,13 +1006,15 @@ DEST = """
     {i}.blocks.{j}.ffn.branch.dwconv.{conv|norm}    block{i+1}.{j}.mlp.{dwconv.dwconv|norm2}
 """ + MIT
 # Dialects of a table: (theirs there, theirs here), one after another
-HF = (
+HF_HEAD = (("linear_c{i+1}", "linear_c.{i}"), ("linear_pred", "classifier"),
+           ("linear_fuse.{conv|bn}", "{linear_fuse|batch_norm}"))
+HF = HF_HEAD + (
     ("patch_embed{i+1}.{proj|norm}", "patch_embeddings.{i}.{proj|layer_norm}"),
     ("attn.{x}", "attention.{self.query|self.key+self.value|self.sr|self.layer_norm|output.dense}"),
     ("block{i+1}", "block.{i}"), ("{norm1|norm2}", "{layer_norm_1|layer_norm_2}"),
     ("fc1", "dense1"), ("fc2", "dense2"), ("norm{i+1}", "layer_norm.{i}"))
 # What state_dict() gives since transformers 5; its save_pretrained keeps to the names above
-HF_5 = (
+HF_5 = HF_HEAD + (
     ("patch_embed{i+1}.{proj|norm}", "stages.{i}.patch_embeddings.{proj|layer_norm}"),
     ("attn.{x}", "attention.{q_proj|k_proj+v_proj|sequence_reduction.sequence_reduction|"
      "sequence_reduction.layer_norm|o_proj}"), ("norm{i+1}", "stages.{i}.layer_norm"),
@@ -1042,7 +1042,7 @@ MLP = """
     head.fuse.{conv|norm}   decode_head.linear_fuse.{conv|bn}
     head.classifier         decode_head.linear_pred
 """
-HAM_AND_FPN = """
+HAM_FPN = """
     head.{squeeze|align}.{conv|norm}    decode_head.{x}.{conv|gn}
     head.ham_in                         decode_head.hamburger.ham_in.conv
     head.ham_out.{conv|norm}            decode_head.hamburger.ham_out.{conv|gn}
@@ -1061,14 +1061,8 @@ LAWIN = """
     head.attentions.{i}.{mixing|norm}           decode_head.lawin_{8>>i}.0.{position_mixing|norm}
     head.attentions.{i}.out.{conv|norm}         decode_head.lawin_{8>>i}.0.conv_out.{conv|bn}
 """ + MLP
-MMSEG_HEADS = dict(mlp=MLP, mlp_concat=MLP, ham=HAM_AND_FPN, fpn=HAM_AND_FPN, lawin=LAWIN,
-                   lawin_sum=LAWIN)
-HF_MLP = """
-    head.projections.{i}    decode_head.linear_c.{i}.proj
-    head.fuse.{conv|norm}   decode_head.{linear_fuse|batch_norm}
-    head.classifier         decode_head.classifier
-"""
-HF_HEADS = dict(cls="head.fc classifier", mlp=HF_MLP, mlp_concat=HF_MLP)
+MMSEG = dict(mlp=MLP, mlp_concat=MLP, ham=HAM_FPN, fpn=HAM_FPN, lawin=LAWIN, lawin_sum=LAWIN)
+HF_HEADS = dict(cls="head.fc classifier", mlp=MLP, mlp_concat=MLP)
 LITE_HAM = "head.squeeze decode_head.squeeze.conv\n head.classifier decode_head.classifier.1"
 
 
@@ -1138,8 +1132,7 @@ class Format:
 
     def reorder(self, key, value, channels):
         """Turn the channels of a merged patch round; another row's norm has no such patch."""
-        merges = re.match(r"encoder\.stages\.[123]\.embed\.", key) and value.numel() % 4 == 0
-        if self.unfold and merges:
+        if self.unfold and re.match(r"encoder.stages.[123].embed", key) and value.numel() % 4 == 0:
             value = value.unflatten(-1, channels).transpose(-3, -1).flatten(-3)
         return value
 
@@ -1155,7 +1148,7 @@ FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's s
     Format("Hugging Face SegFormer", MIT, HF_HEADS, "segformer.encoder.", HF),
     Format("Hugging Face SegFormer encoder", MIT, dialect=HF),
     Format("SegFormer / PVTv2 encoder", MIT, CLS),
-    Format("SegFormer / PVTv2 / Lawin segmentor", MIT, MMSEG_HEADS, "backbone."),
+    Format("SegFormer / PVTv2 / Lawin segmentor", MIT, MMSEG, "backbone."),
     Format("mmsegmentation SegFormer encoder", MIT, dialect=MIT_MMSEG),
     Format("transformers 5 SegFormer", MIT, HF_HEADS, "segformer.", HF_5),
     Format("transformers 5 SegFormer encoder", MIT, dialect=HF_5),
@@ -1163,24 +1156,22 @@ FORMATS = [     # of two that fit equally well, the first (NVlabs' and PVTv2's s
            linear=r"\.(q|kv|proj|projections\.\d)$"),
     Format("timm PVTv2", TIMM_STEM + MIT, CLS, dialect=PVT_V2_TIMM),
     Format("MSCAN encoder", MSCAN, CLS, **MSCAN_KIND),
-    Format("SegNeXt segmentor", MSCAN, MMSEG_HEADS, "backbone.", **MSCAN_KIND),
+    Format("SegNeXt segmentor", MSCAN, MMSEG, "backbone.", **MSCAN_KIND),
     Format("mmsegmentation MSCAN encoder", MSCAN, CLS, dialect=MSCAN_MMSEG, **MSCAN_KIND),
-    Format("mmsegmentation SegNeXt", MSCAN, MMSEG_HEADS, "backbone.", MSCAN_MMSEG, **MSCAN_KIND),
+    Format("mmsegmentation SegNeXt", MSCAN, MMSEG, "backbone.", MSCAN_MMSEG, **MSCAN_KIND),
     Format("Next-ViT encoder", NEXT_VIT, {"cls": "head.fc proj_head.0"}, **NEXT_KIND),
-    Format("Next-ViT segmentor", NEXT_VIT, MMSEG_HEADS, "backbone.", **NEXT_KIND),
+    Format("Next-ViT segmentor", NEXT_VIT, MMSEG, "backbone.", **NEXT_KIND),
     Format("timm Next-ViT", NEXT_VIT, {"cls": "head.fc head.fc"}, "", NEXT_VIT_TIMM, **NEXT_KIND),
     Format("Swin encoder", SWIN, CLS_SWIN),
-    Format("Swin segmentor", SWIN, MMSEG_HEADS, "backbone."),
+    Format("Swin segmentor", SWIN, MMSEG, "backbone."),
     Format("timm Swin", SWIN, {"cls": "3.norm norm\n head.fc head.fc"}, "", SWIN_TIMM),
     Format("torchvision Swin", SWIN, CLS_SWIN, dialect=SWIN_TORCHVISION),
     Format("mmsegmentation Swin encoder", SWIN, CLS_SWIN, dialect=SWIN_MMSEG, unfold=True),
-    Format("mmsegmentation Swin segmentor", SWIN, MMSEG_HEADS, "backbone.", SWIN_MMSEG,
-           unfold=True),
+    Format("mmsegmentation Swin segmentor", SWIN, MMSEG, "backbone.", SWIN_MMSEG, unfold=True),
     Format("DEST depth encoder", DEST, CLS, **DEST_KIND),
     Format("DEST encoder", DEST, CLS, dialect=DEST_SEG, **DEST_KIND),
-    Format("DEST segmentor", DEST, MMSEG_HEADS, "backbone.", DEST_SEG, **DEST_KIND),
+    Format("DEST segmentor", DEST, MMSEG, "backbone.", DEST_SEG, **DEST_KIND),
 ]
-# Of any file, and may be left unread
 HEADS = re.compile(r"(head|classifier|decode_head|auxiliary_head|neck|proj_head)\.")
 # What no forward pass reads; and norms that Swin and Next-ViT have for one of the two tasks alone
 DEAD = re.compile(r".*\.(relative_position_index|attn_mask)$|decode_head\.conv_seg\."
@@ -1220,7 +1211,7 @@ def load_pretrained(model, source):
     envelope and under any prefix; its names tell the format. What is new by design, a head above
     all, keeps its fresh weights and is listed; anything else that is missing or does not fit is a
     UserError, and then the model is as it was."""
-    path, state, trained = read_weights(source)
+    path, state, content = read_weights(source)
     form, prefix = recognise(model, state)
     outside = [name for name in state
                if not (name.startswith(prefix) or name.endswith(COUNTERS))]
@@ -1232,17 +1223,19 @@ def load_pretrained(model, source):
             shapes = [part.squeeze().shape for part in form.write(key, targets[key], len(names))]
             fits = shapes == [state[name].squeeze().shape for name in names]
             (found if fits else misfits)[key] = names
-    fresh = new_by_design(model, form, state, found, misfits)
+    needed = [key for key in targets if not key.endswith(COUNTERS)]
+    fresh = new_by_design(model, form, state, needed, found, misfits)
     left = unused(state, found | misfits)
     wrong = [key for key in misfits if key not in fresh]
-    missing = [key for key in targets if not (key in found or key in misfits or key in fresh
-                                              or key.endswith(COUNTERS))]
+    missing = [key for key in needed if not (key in found or key in misfits or key in fresh)]
     foreign = [name for name in left if not HEADS.match(name)]
     if wrong or missing or foreign:
         remedy = "give the --model and the words that it was trained with"
-        if trained and trained != model.spec:
-            words = [f"--model {trained.name}", *trained.spelt("--{} {}", ",")]
-            remedy = f"it looks like {trained.name}: give {' '.join(words)}"
+        with contextlib.suppress(KeyError, TypeError, UserError):       # it may say that itself
+            trained = make_spec(content["spec"]["name"], **content["spec"]["slots"])
+            if trained != model.spec:
+                words = [f"--model {trained.name}", *trained.spelt("--{} {}", ",")]
+                remedy = f"it looks like {trained.name}: give {' '.join(words)}"
         raise UserError(f"{path}: does not fit {model.spec} ({form.name}; of another shape: "
                         f"{some(wrong, 1)}; missing: {some(missing, 1)}; unexpected: "
                         f"{some(foreign, 1)}); {remedy}")
@@ -1254,12 +1247,11 @@ def load_pretrained(model, source):
     return Report(form.name, list(found), [], outside + left, fresh)
 
 
-def new_by_design(model, form, state, found, misfits):
+def new_by_design(model, form, state, needed, found, misfits):
     """-> our names that stay fresh: a classifier of another class count; or a head that the file
     lacks, or has of another kind, as a whole (both tables lose it, although single tensors may
     fit), and then the norms that the file had no use for."""
-    keys = [key for key in model.state_dict() if not key.endswith(COUNTERS)]
-    head = [key for key in keys if key.startswith("head.")]
+    head = [key for key in needed if key.startswith("head.")]
     fresh = [key for key in misfits if key.startswith(("head.classifier.", "head.fc."))]
     lacking = [key for key in head if not (key in found or key in fresh)]
     another = any(HEADS.match(name) for name in unused(state, found | misfits))
@@ -1272,12 +1264,12 @@ def new_by_design(model, form, state, found, misfits):
     if model.task == tasks == "seg":
         last = 3 if form.keys and not in_trunk else 2       # Swin's is not its classifier's
         norms = re.compile(rf"encoder\.stages\.[0-{last}]\.norm\.")
-        head += [key for key in keys if norms.match(key) and key not in found | misfits]
+        head += [key for key in needed if norms.match(key) and key not in found | misfits]
     return head
 
 
 def read_weights(source):
-    """Path or dict -> (name for messages, {name: tensor}, the Spec that the file says, or None)."""
+    """Path or dict -> (name for messages, {name: tensor}, all that the file holds)."""
     path, content = "the given dict", source
     if not isinstance(source, dict):
         if not os.path.exists(source):
@@ -1290,11 +1282,7 @@ def read_weights(source):
     for name in [name for name in state if name.endswith(("in_proj_weight", "in_proj_bias"))]:
         parts = torch.atleast_1d(state.pop(name)).chunk(3)      # mmsegmentation has them in one
         state |= {name.replace("in_proj_", f"in_{k}."): part for k, part in zip("qkv", parts)}
-    try:
-        trained = make_spec(content["spec"]["name"], **content["spec"]["slots"])
-    except (KeyError, TypeError, UserError):
-        trained = None
-    return path, state, trained
+    return path, state, content
 
 
 def read_folder(folder):
@@ -1365,8 +1353,7 @@ def export_pretrained(model, path):
 
 
 def write_hub_configs(folder, model):
-    """config.json and preprocessor_config.json as transformers' SegFormer has them, with what the
-    model knows of its data, see `know`."""
+    """config.json and preprocessor_config.json of transformers, with what `know` gave the model."""
     if (folder / "model.safetensors").exists():
         raise UserError(f"{folder}: has other weights, in model.safetensors; give a new folder")
     if {*zip(*map(model.spec.words, ("embed", "attn", "ffn")))} != {("overlap", "sra", "mix")}:
@@ -1376,19 +1363,16 @@ def write_hub_configs(folder, model):
     classes = getattr(model, "classes", [f"LABEL_{i}" for i in range(model.num_classes)])
     side = getattr(model, "size", None) or (512 if for_seg else 224)
     kind = "SemanticSegmentation" if for_seg else "ImageClassification"
-    files = {       # the rest is as SegformerConfig has it
-        "config.json": {
-            "model_type": "segformer", "architectures": [f"SegformerFor{kind}"],
-            "depths": size.depths, "hidden_sizes": size.dims, "decoder_hidden_size": size.width,
-            "mlp_ratios": size.ratios, "drop_path_rate": size.drop_path[for_seg],
-            "id2label": dict(enumerate(classes)),
-            "label2id": {name: i for i, name in enumerate(classes)}},
-        "preprocessor_config.json": {
-            "image_processor_type": "SegformerImageProcessor",
-            "size": {"height": side, "width": side},
-            "do_reduce_labels": getattr(model, "first_id", 0) == 1}}
-    for name, content in files.items():
-        write_file(folder / name, [json.dumps(content, indent=2).encode()])
+    config = {      # the rest is as SegformerConfig has it
+        "model_type": "segformer", "architectures": [f"SegformerFor{kind}"],
+        "depths": size.depths, "hidden_sizes": size.dims, "decoder_hidden_size": size.width,
+        "mlp_ratios": size.ratios, "drop_path_rate": size.drop_path[for_seg],
+        "id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
+    processor = {"image_processor_type": "SegformerImageProcessor",
+                 "size": {"height": side, "width": side},
+                 "do_reduce_labels": getattr(model, "first_id", 0) == 1}
+    for name, content in (("config", config), ("preprocessor_config", processor)):
+        write_file(folder / f"{name}.json", [json.dumps(content, indent=2).encode()])
 
 
 def export(model, target):
@@ -1421,8 +1405,7 @@ def export(model, target):
         except AssertionError as error:         # a guard of torch.export
             raise UserError(f"{target}: torch.export has fixed the size of the windows of "
                             f"{model.spec}, other sizes fail ({str(error)[:60]}...)")
-        rms = ours.square().mean().sqrt()
-        differences[size] = ((theirs - ours).abs().max() / rms).item()
+        differences[size] = ((theirs - ours).abs().max() / ours.square().mean().sqrt()).item()
     return differences
 
 
