@@ -280,10 +280,7 @@ FAULTS = {    # what the type and message of a library's error contain: what is 
     "more than 1 value per channel": "BatchNorm of one 1 x 1 map; use --batch-size 2 or more",
     "deterministic implementation": "--deterministic: a block cannot be so on CUDA; leave it out",
     "CxxCompiler|CppCompileError|find C compiler|TritonMissing|working triton":
-        "--compile: needs a working C++ compiler (CXX names it), and on CUDA Triton",
-    "ImportError.*file too short":
-        "--compile: a compiler was stopped as it wrote; remove the folder of compiled code "
-        "(TORCHINDUCTOR_CACHE_DIR or /tmp/torchinductor_USER)"}
+        "--compile: needs a working C++ compiler (CXX names it), and on CUDA Triton"}
 
 
 def _explained(error):
@@ -1333,8 +1330,7 @@ def read_all(split, dataset, problems):
     if not good:
         return []
     widths, heights, indices, counts = zip(*good)
-    for name, values in (("width", widths), ("height", heights)):
-        print(f"  {name:6} min {min(values)}, median {np.median(values):.0f}, max {max(values)}")
+    print(f"  width {min(widths)} to {max(widths)}, height {min(heights)} to {max(heights)} pixels")
     print("  id in masks  class  pixels %  images")
     counts = np.stack(counts)    # (images, 256)
     ids = dataset.ids or {k + dataset.first_id: k for k in range(dataset.num_classes)}

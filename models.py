@@ -194,7 +194,6 @@ MODELS = {spec.name: spec for spec in [
 
 class Stage(nn.Module):
     """embed -> blocks -> norm. Returns (what the next stage receives, what the head receives).
-
     checkpointing: training keeps each block's input alone and computes the rest of it again in
     the backward pass: the same gradients, less memory, about a third more time."""
     checkpointing = False
@@ -309,7 +308,6 @@ def next_vit_blocks(attn, dim, reduction, rates, group):
 
 def build(name, task="seg", num_classes=None, drop_path=None, **slots):
     """Build a model with fresh weights.
-
     name: a key of MODELS; task: "seg" | "cls"; num_classes: 150 for seg, 1000 for cls unless given;
     drop_path: the last block's rate, the row's own unless given; slots: embed, attn, ffn, norm,
     skip, head, each a word of layers.py or four words (tuple, or separated by commas) for the four
@@ -773,7 +771,6 @@ def warmup_steps(warmup, steps, steps_per_epoch):
 
 class Run:
     """A training run: its folder, which process 0 alone locks and writes, and where it stands.
-
     settings: {name: primitive}, what makes two runs the same; state: to go on from, or None; step:
     finished steps; rows: of the log, one for each finished epoch; losses, seconds: of the epoch
     that has begun; best: {"epoch": number of the best one so far, metric: its result}."""
@@ -1069,7 +1066,6 @@ LITE_HAM = "head.squeeze decode_head.squeeze.conv\n head.classifier decode_head.
 @dataclass(frozen=True)
 class Format:
     """A way of naming tensors; keys None: our own.
-
     keys: the encoder's rows; heads: rows for each word of --head and for "cls", which go first;
     prefix: of the encoder's names, where the head's have none; dialect: changes of theirs in keys;
     linear: our 1x1 convolutions that are Linear layers there (conv1d: Conv1d); unfold: whether they
@@ -1206,7 +1202,6 @@ def some(names, shown=4):
 
 def load_pretrained(model, source):
     """Load weights from our checkpoints, a family's original files, or Hugging Face's -> Report.
-
     source: path (.pt, .pth, .bin, .safetensors), Hugging Face directory or dict of tensors, in any
     envelope and under any prefix; its names tell the format. What is new by design, a head above
     all, keeps its fresh weights and is listed; anything else that is missing or does not fit is a
@@ -1378,7 +1373,6 @@ def write_hub_configs(folder, model):
 def export(model, target):
     """Write a model for other programs, read it again, compare -> {(height, width): the largest
     difference of the logits, relative to their root mean square}.
-
     target: a folder (Hugging Face), FILE.pth (its family's own names) or FILE.pt2 (torch.export of
     the fused model, for any batch, height and width). Errors: UserError."""
     suffix = pathlib.Path(target).suffix

@@ -54,10 +54,8 @@ def learning_rate(step, steps, warmup, base):
 
 def mixed(images, labels, num_classes, mixup, cutmix):
     """Mixup (arXiv 1710.09412) or CutMix (1905.04899) of a batch, a coin decides; alpha 0: not.
-
     The images are shuffled before each is mixed with its neighbour, as repeated augmentation puts
-    views of one image side by side. -> images (B, 3, H, W); labels (B,), or their shares (B, K)
-    """
+    views of one image side by side. -> images (B, 3, H, W); labels (B,), or their shares (B, K)"""
     kinds = (v2.MixUp, mixup), (v2.CutMix, cutmix)
     mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
     if not mixes:
