@@ -487,11 +487,11 @@ def print_catalogue():
 
 # ---- Files: plain tensors and primitives, read without running code, written atomically ----------
 
-def save_checkpoint(path, checkpoint):
-    """Write a dict of tensors and primitives, atomically."""
+def save_checkpoint(path, checkpoint, save=torch.save):
+    """Write a dict of tensors and primitives, or what another `save` takes, atomically."""
     # torch.save straight to a full disk fails without saying why; one write() does say
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    save(checkpoint, buffer)
     write_file(path, [buffer.getbuffer()])
 
 
@@ -1100,8 +1100,7 @@ class Format:
         """{our name of a tensor: the list of theirs, stacked} for what this format has."""
         if self.keys is None:
             return {key: [key] for key in model.state_dict()}
-        rows = list(self.rows("cls" if model.task == "cls" else model.spec.head))
-        names = {}
+        rows, names = list(self.rows("cls" if model.task == "cls" else model.spec.head)), {}
         for key in model.state_dict():
             i, j = map(int, re.findall(r"\d+", f"{key}.0.0")[:2])
             first = sum(SIZES[model.spec.size].depths[:i])
@@ -1208,8 +1207,7 @@ def load_pretrained(model, source):
     UserError, and then the model is as it was."""
     path, state, content = read_weights(source)
     form, prefix = recognise(model, state)
-    outside = [name for name in state
-               if not (name.startswith(prefix) or name.endswith(COUNTERS))]
+    outside = [n for n in state if not (n.startswith(prefix) or n.endswith(COUNTERS))]
     state = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
     targets, found, misfits = model.state_dict(), {}, {}
     for key, names in form.names(model).items():
@@ -1377,11 +1375,10 @@ def export(model, target):
     the fused model, for any batch, height and width). Errors: UserError."""
     suffix = pathlib.Path(target).suffix
     if suffix == ".pt2":
-        model, buffer = fuse(model), io.BytesIO()
+        model = fuse(model)
         free = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}
         program = torch.export.export(model, (torch.zeros(2, 3, 224, 288),), dynamic_shapes=(free,))
-        torch.export.save(program, buffer)
-        write_file(target, [buffer.getbuffer()])
+        save_checkpoint(target, program, torch.export.save)
         again = torch.export.load(target).module()
     elif suffix in ("", ".pth"):
         export_pretrained(model, target)
@@ -1396,9 +1393,8 @@ def export(model, target):
         try:
             with torch.inference_mode():
                 ours, theirs = model(images), again(images)
-        except AssertionError as error:         # a guard of torch.export
-            raise UserError(f"{target}: torch.export has fixed the size of the windows of "
-                            f"{model.spec}, other sizes fail ({str(error)[:60]}...)")
+        except AssertionError:      # a guard of torch.export
+            raise UserError(f"{target}: its windows serve one image size alone; use models.load")
         differences[size] = ((theirs - ours).abs().max() / ours.square().mean().sqrt()).item()
     return differences
 
