@@ -105,15 +105,16 @@ def _join(rank, world, device, timeout):
     """Wait for all processes, for 10 minutes at least, then form the group."""
     global _store
     address = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    wait, attempt = max(timeout, 600), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    wait, attempt = max(timeout, 600), "0"
     # Python's handlers do not run while C++ waits: until it is done, signals just end the process.
     handlers = handle(signal.SIG_DFL)
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store outlives a restart: without keys of their own, the processes of the
+            # second attempt would read the addresses of the first one's dead processes.
+            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
             socket.create_connection(address, timeout=30).close()    # or torchrun has died already
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=wait)))
-        # torchrun's store outlives a restart: without keys of their own, the processes of the
-        # second attempt would read the addresses of the first one's dead processes.
         _store = dist.PrefixStore(f"attempt {attempt}", store)
         if silent := _silent("here", rank, world, wait):
             raise ValueError(f"no sign of {silent}")
@@ -248,7 +249,7 @@ def run(main):
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     warnings.filterwarnings("ignore", module="PIL")    # they name no file; what is bad raises
     if dist.is_torchelastic_launched():
-        # If torchrun dies, so that nobody would see or end this process, Linux sends SIGTERM.
+        # Where torchrun dies, and nobody would see or end this process, Linux sends SIGTERM.
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
     try:
@@ -507,7 +508,7 @@ def read_mask(path):
 def refuse_turned(image):
     """Pillow turns a TIFF, and nothing else, as its header says: off its partner's pixels."""
     if getattr(image, "tag_v2", {}).get(274, 1) != 1:
-        raise ValueError("its header turns or mirrors it, off its partner's pixels")
+        raise ValueError("its header turns or mirrors it; save it as it is seen")
 
 
 def contents(folder):
@@ -554,7 +555,7 @@ def scan(folder, suffixes, end="", twins=False):
     if not found:
         what = "images" if suffixes is IMAGE_FILES else "masks (JPEG would change their ids)"
         types = " ".join(f"*{end}{suffix}" for suffix in sorted(suffixes))
-        raise UserError(f"{shown(folder)}: no {what} {types}; {contents(folder)}")
+        raise UserError(f"{shown(folder)}: no {what} like {types}; {contents(folder)}")
     return found
 
 
@@ -734,10 +735,11 @@ class FolderSegmentation(EpochDataset):
         if ids and zero_is_class:
             raise UserError("--zero-is-class: the label map says it for id 0 too; leave it out")
         self.first_id = 0 if ids or zero_is_class else 1
-        self.rule = ("id k of a mask is class k, 255 is ignored",
-                     "id k of a mask is class k-1, 0 and 255 are ignored")[self.first_id]
+        self.rule = "id k of a mask is class k-1, 0 and 255 are ignored"
         if ids:
             self.rule = "a label map says which class an id of a mask is, other ids are ignored"
+        elif zero_is_class:
+            self.rule = "id k of a mask is class k, 255 is ignored"
         names = classes or read_classes(self.root, zero_is_class)
         if not names and ids == layout.ids:
             names = layout.classes
@@ -777,7 +779,7 @@ class FolderSegmentation(EpochDataset):
         labels = self.table.take(mask if mask.dtype == np.uint8 else mask.clip(-1, 2 ** 16))
         if labels.min() < 0:
             raise UserError(f"{shown(path)}: id {mask[labels < 0][0]} is beyond the "
-                            f"{self.num_classes} classes ({self.rule}); label_map.json may map it")
+                            f"{self.num_classes} classes ({self.rule}); correct it or map it")
         return labels.astype(np.uint8)
 
     def fingerprint(self):
@@ -811,15 +813,16 @@ class FolderSegmentation(EpochDataset):
                     break
         names = [shown(name) for name in self.classes]
         missing = [name for name, count in zip(names, counts) if not count]
-        seen = len(names) - len(missing)
-        if seen < (2 if self.split == "train" else 1):
+        seen = [name for name in names if name not in missing]
+        if len(seen) < (2 if self.split == "train" else 1):
             advice = "correct the map"
             if not self.ids:
                 advice = 'masks of 0 and 255 need a label_map.json {"0": 0, "255": 1}'
             if self.first_id:
                 advice += "; --zero-is-class makes a class of id 0"
-            raise UserError(f"{shown(self.root)}: {seen or 'no'} class in the masks of "
-                            f"{self.split} ({self.rule}); {advice}")
+            found = f"only '{seen[0]}'" if seen else "no class"
+            raise UserError(f"{shown(self.root)}: {found} in the masks of {self.split} "
+                            f"({self.rule}); {advice}")
         notes = []
         if (share := counts[IGNORED] / counts.sum()) > 0.5:
             notes.append(f"{100 * share:.0f} % of the pixels{where} are ignored")
@@ -1096,7 +1099,7 @@ class TinyImageNet(EpochDataset):
         """Names and sizes of the files of both splits, wherever they lie."""
         files = [*class_folders(self.root / "train").values(),
                  *validation_files(self.root / "val", self.classes).values()]
-        return fingerprint(self.root, sum(files, []))
+        return fingerprint(self.root, itertools.chain(*files))
 
     def __getitem__(self, key):
         index, rng = self.draw(key)
@@ -1184,21 +1187,22 @@ def contact_sheet(rows, path, titles, classes, colors, side=320):
     legend.append(("ignored", (0, 0, 0)))
     step = max(picture.shape[1] for picture in pictures) + GAP
     width = max(200, GAP + step * max(len(row) for row in rows))
-    columns, top = width // 190, LINE    # of the legend; of the first row
-    sheet = Image.new("RGB", (width, LINE + len(rows) * (side + GAP) + len(legend) * LINE), "white")
+    columns = width // 190    # of the legend
+    tops = np.cumsum([LINE, *(max(map(len, row)) + GAP for row in rows)]).tolist()
+    height = tops[-1] + LINE * math.ceil(len(legend) / columns)
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for k, title in enumerate(titles):
         draw.text((GAP + k * step, 2), title, "black", font)
-    for row in rows:
+    for row, top in zip(rows, tops):
         for k, picture in enumerate(row):
             picture = colorize(picture, colors) if picture.ndim == 2 else picture
             sheet.paste(Image.fromarray(picture), (GAP + k * step, top))
-        top += max(len(picture) for picture in row) + GAP
     for k, (name, color) in enumerate(legend):
-        x, y = GAP + k % columns * (width // columns), top + k // columns * LINE
+        x, y = GAP + k % columns * (width // columns), tops[-1] + k // columns * LINE
         draw.rectangle((x, y, x + 22, y + 15), color, "black")
         draw.text((x + 28, y - 1), drawable(name, font, width // columns - 40), "black", font)
-    sheet.crop((0, 0, width, y + LINE)).save(path, "PNG")
+    sheet.save(path, "PNG")
 
 
 def drawable(text, font, width):

@@ -248,6 +248,8 @@ def picture_files(source, folder):
     place, target = (source if source.is_dir() else source.parent).resolve(), folder.resolve()
     files = {name: path for name, path in files.items()
              if target not in path.resolve().parents or not drawn(path)}
+    if not files:
+        raise UserError(f"--images {data.shown(source)}: no images in this folder")
     results = [folder / f"{name}.png" for name in files]
     if place == target or any(path.exists() and not drawn(path) for path in results):
         raise UserError(f"--save-dir {data.shown(folder)}: the images here could be overwritten; "
@@ -432,7 +434,8 @@ def main(argv=None):
     processes = data.start(args.device)
     quiet = processes.rank > 0 or args.json == "-"
     if args.json and not quiet:
-        open(args.json, "a").close()        # found out before the work
+        with data.naming(f"--json {args.json}"):        # found out before the work
+            open(args.json, "a").close()
     model, task, trained = None, args.task, {}
     if args.checkpoint:
         model = models.load(args.checkpoint)

@@ -278,9 +278,10 @@ def cases_of(args):
 
 def main(argv=None):
     args = arguments(argv)
-    for path in (args.json, args.plot):
+    for flag, path in (("--json", args.json), ("--plot", args.plot)):
         if path not in (None, "-"):
-            open(path, "a").close()         # found out before the work
+            with data.naming(f"{flag} {path}"):     # found out before the work
+                open(path, "a").close()
     if args.threads:
         torch.set_num_threads(args.threads)
     cases, several = cases_of(args), args.rows or args.sizes

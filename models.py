@@ -533,9 +533,9 @@ def read_checkpoint(path):
     claims more than the file holds is refused. Errors: UserError."""
     if pathlib.Path(path).suffix == ".safetensors":
         return read_safetensors(path)
-    if map_file(path).find(b"bytearray") >= 0:      # the one type that makes n bytes out of "n"
-        raise UserError(f"{path}: holds a bytearray, which no weights need; refused")
     try:
+        if map_file(path).find(b"bytearray") >= 0:      # the one type that makes n bytes out of "n"
+            raise UserError(f"{path}: holds a bytearray, which no weights need; refused")
         if zipfile.is_zipfile(path):
             check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -802,7 +802,6 @@ class Run:
                     part.load_state_dict(state[name])
             for name in ("step", "rows", "losses", "seconds", "best"):
                 setattr(self, name, state[name])
-        self.start = time.time() - self.seconds
         if processes.rank > 0:
             return
         words = [f"{key.replace('_', '-')}={value}" for key, value in sorted(self.settings.items())]
@@ -812,7 +811,7 @@ class Run:
               f"{processes.device.type}; effective batch {self.batch} = {args.batch_size} images x "
               f"{processes.world} processes x {args.accum} passes, {steps_per_epoch} steps an "
               f"epoch; output: {self.output}")
-        if self.step:
+        if self.step and len(self.rows) < args.epochs:
             print(f"continuing after step {self.step} of {args.epochs * steps_per_epoch}")
 
     def check_finite(self, loss, norm, lr, scaler):
@@ -851,7 +850,7 @@ class Run:
         improved = metrics.get(metric, -1.0) > self.best[metric]
         if improved:
             self.best = {"epoch": epoch, metric: metrics[metric]}
-        self.losses, self.start = [], time.time()
+        self.losses, self.seconds = [], 0.0
         if self.processes.rank > 0:
             return improved
         left = round(sum(row["seconds"] for row in self.rows) / epoch * (epochs - epoch))
@@ -861,6 +860,7 @@ class Run:
               f"{datetime.timedelta(seconds=left)} left")
         if improved:
             self.save("best.pt", without=TO_GO_ON)
+        self.start = time.time()        # the next epoch has taken no time so far
         self.save()
         write_log(self.output, self.rows)
         return improved

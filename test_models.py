@@ -2835,7 +2835,7 @@ def test_resuming_gives_the_bits_of_never_having_stopped(tiny, uninterrupted, tm
     assert same_bits(last(tmp_path), last(whole)) and last(whole)["epoch"] == 2
     assert same_bits(rows(tmp_path), rows(whole)) and [row["epoch"] for row in rows(whole)] == [1, 2]
     assert same_bits(*(models.read_checkpoint(folder / "best.pt")["model"] for folder in (tmp_path, whole)))
-    assert "continuing after step" in capsys.readouterr().out
+    assert ("continuing after step" in capsys.readouterr().out) == (place != "before the log is written")
 
 
 def when_saved(process, path, since=0):
@@ -2883,7 +2883,8 @@ def test_resume_begins_a_new_folder_with_the_state_of_another(tiny, uninterrupte
     (script, more), old, new = RUNS["cls"], uninterrupted["cls"], tmp_path / "new"
     for resume in (["--resume", old], []):                          # the second time it is the run's folder
         train(script, tiny, new, *more, *resume)
-        assert "after step 8 of 8\ncomplete: best" in capsys.readouterr().out and rows(new) == rows(old)
+        out = capsys.readouterr().out
+        assert "\ncomplete: best" in out and "continuing" not in out and rows(new) == rows(old)
         assert all((new / name).read_bytes() == (old / name).read_bytes() for name in ("best.pt", "last.pt"))
         (new / "log.jsonl").write_bytes(b'{"epoch": 1, "st\xff\x00')                # a torn log mends itself
     state, without_optimizer = new / "last.pt", (new / "best.pt").read_bytes()

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import copy
 import math
+import time
 
 import torch
 import torch.distributed as dist
@@ -132,6 +133,7 @@ def main(argv=None):
         data.set_epoch(loader, epoch, start=(run.step - epoch * steps_per_epoch) * args.accum)
         batches = iter(loader)
         model.train()
+        run.start = time.time() - run.seconds
         bar = data.progress(range(run.step, last_step), f"epoch {epoch + 1}/{args.epochs}", rank)
 
         # A request to stop (SIGTERM, Ctrl-C) waits for the end of the step.

@@ -9,6 +9,7 @@ curve.png and samples.png; the same command continues it, on a CPU to the bit as
 import contextlib
 import copy
 import math
+import time
 
 import torch
 import torch.distributed as dist
@@ -127,6 +128,7 @@ def main(argv=None):
         data.set_epoch(loader, epoch, start=(run.step - epoch * steps_per_epoch) * args.accum)
         batches = iter(loader)
         model.train()
+        run.start = time.time() - run.seconds
         bar = data.progress(range(run.step, last_step), f"epoch {epoch + 1}/{args.epochs}", rank)
 
         # A request to stop (SIGTERM, Ctrl-C) waits for the end of the step.
