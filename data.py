@@ -214,8 +214,7 @@ class Stop:
     The first one raises Stopped at once. Inside `with STOP.postponed():` it is remembered instead,
     for a loop to ask STOP.pending after each step, and raises Stopped where the block ends. The
     second one ends the process at once."""
-    pending = 0         # number of the first signal,
-    time = 0.0          # and when it came
+    pending, time = 0, 0.0      # number of the first signal, and when it came
     is_postponed = False
 
     @contextmanager
@@ -572,8 +571,7 @@ YIQ = np.array([[0.299, 0.587, 0.114],
                 [0.595716, -0.274453, -0.321263],
                 [0.211456, -0.522591, 0.311135]])
 RGB = np.linalg.inv(YIQ)
-TRIES = 10            # crops drawn in search of one with at most LARGEST of a single class
-LARGEST = 0.75
+TRIES, LARGEST = 10, 0.75    # crops drawn in search of one with at most 3/4 of a single class
 
 
 def random_color(rng):

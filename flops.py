@@ -56,15 +56,6 @@ class Count:
     params: int
     rows: list
 
-    def by_part(self):
-        """{part: {"params": sum, "macs": sum}}"""
-        table = {}
-        for row in self.rows:
-            part = table.setdefault(row["part"], {"params": 0, "macs": 0})
-            for key in part:
-                part[key] += row[key]
-        return table
-
 
 def count(model, size=(512, 512)):
     """Multiply-adds of one image of size (H, W) in evaluation mode, and the parameters -> Count.
@@ -132,8 +123,7 @@ def latency(cases, args, device):
 
 def conditions(args, device):
     """What the times are of."""
-    dtype = str(models.AMP[args.amp] or torch.float32).removeprefix("torch.")
-    name = str(device)
+    name, dtype = str(device), str(models.AMP[args.amp] or torch.float32).removeprefix("torch.")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         dtype = dtype.replace("float32", "TF32")            # data.start asks for it
@@ -148,10 +138,14 @@ def figures(spec, size, args):
     """What --json writes for one model: exact integers."""
     with torch.device("meta"):
         model = models.build(spec.name, args.task, args.num_classes, **spec.overrides)
-    counted = count(models.fuse(model) if args.fused else model, size)
+    counted, parts = count(models.fuse(model) if args.fused else model, size), {}
+    for row in counted.rows:
+        part = parts.setdefault(row["part"], {"params": 0, "macs": 0})
+        for key in part:
+            part[key] += row[key]
     result = {"model": str(spec), "task": args.task, "num_classes": args.num_classes,
               "size": list(size), "fused": args.fused, "params": counted.params,
-              "macs": counted.macs, "flops": 2 * counted.macs, "parts": counted.by_part()}
+              "macs": counted.macs, "flops": 2 * counted.macs, "parts": parts}
     return result if args.rows or args.sizes else result | {"rows": counted.rows}
 
 
@@ -266,16 +260,6 @@ def arguments(argv=None):
     return args
 
 
-def cases_of(args):
-    """{name in the tables: (spec, (height, width))} of what the flags ask for."""
-    if args.rows:
-        return {str(spec): (spec, args.size) for spec in sum(args.rows, [])}
-    spec = models.make_spec(args.model, **models.slots_from(args))
-    if args.sizes:
-        return {f"{size[0]}x{size[1]}": (spec, size) for size in sorted(args.sizes, key=math.prod)}
-    return {str(spec): (spec, args.size)}
-
-
 def main(argv=None):
     args = arguments(argv)
     for flag, path in (("--json", args.json), ("--plot", args.plot)):
@@ -284,7 +268,12 @@ def main(argv=None):
                 open(path, "a").close()
     if args.threads:
         torch.set_num_threads(args.threads)
-    cases, several = cases_of(args), args.rows or args.sizes
+    rows, several = args.rows, args.rows or args.sizes
+    rows = rows or [[models.make_spec(args.model, **models.slots_from(args))]]
+    cases = {str(spec): (spec, args.size) for spec in sum(rows, [])}    # by name in the tables
+    if args.sizes:
+        sizes = sorted(args.sizes, key=math.prod)
+        cases = {f"{size[0]}x{size[1]}": (rows[0][0], size) for size in sizes}
     results = {name: figures(*case, args)
                for name, case in data.progress(cases.items(), "counting")}
     base = first = next(iter(results.values()))

@@ -200,9 +200,7 @@ class Stage(nn.Module):
 
     def __init__(self, embed, blocks, norm, in_trunk):
         super().__init__()
-        self.embed = embed
-        self.blocks = blocks
-        self.norm = norm
+        self.embed, self.blocks, self.norm = embed, blocks, norm
         self.in_trunk = in_trunk
 
     def forward(self, x):
