@@ -776,8 +776,8 @@ class FolderSegmentation(EpochDataset):
         mask = read_mask(path)
         labels = self.table.take(mask if mask.dtype == np.uint8 else mask.clip(-1, 2 ** 16))
         if labels.min() < 0:
-            raise UserError(f"{shown(path)}: id {mask[labels < 0][0]} is beyond the "
-                            f"{self.num_classes} classes ({self.rule}); correct it or map it")
+            raise UserError(f"{shown(path)}: id {mask[labels < 0][0]} is beyond {self.num_classes} "
+                            f"classes ({self.rule}); correct it, or add a label_map.json")
         return labels.astype(np.uint8)
 
     def fingerprint(self):
