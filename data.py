@@ -1262,7 +1262,8 @@ def plot(path, series, x_label, y_label, lines=True):
             draw.line((*place(x, y - spread), *place(x, y + spread)), ink, 4)
             x, y = place(x, y)
             draw.ellipse((x - 8, y - 8, x + 8, y + 8), ink)
-            labels.append((x, y, drawable(label, font, 400), ink))
+            if label:
+                labels.append((x, y, drawable(label, font, 400), ink))
     for x, y, text, ink in labels:
         # The nearest place where there is nothing so far, or the last; a line leads there.
         for far, (anchor, dx, dy) in itertools.product(range(20, 240, 20), AROUND):
@@ -1270,9 +1271,8 @@ def plot(path, series, x_label, y_label, lines=True):
             box = draw.textbbox(spot, text, font, anchor, stroke_width=8)
             if np.min(sheet.crop(box)) >= 228:
                 break
-        if text:
-            draw.line((x, y, *spot), ink, 2)
-            draw.text(spot, text, ink, font, anchor)
+        draw.line((x, y, *spot), ink, 2)
+        draw.text(spot, text, ink, font, anchor)
     sheet = sheet.reduce(2)      # drawn at twice the size, as Pillow's edges are hard
     if path:
         sheet.save(path, "PNG")

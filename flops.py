@@ -238,7 +238,7 @@ def arguments(argv=None):
     add("--size", type=height_width, default=(512, 512), help="512, or HEIGHTxWIDTH (default 512)")
     add("--sizes", type=height_width, nargs="+", metavar="SIZE", help="several, of one model")
     add("--fused", action="store_true", help="count with BatchNorm folded and decoder merged")
-    add("--latency", type=whole, nargs="?", const=30, metavar="RUNS", help="time the fused models")
+    add("--latency", type=whole, nargs="?", const=30, metavar="RUNS", help="time, 30 runs")
     add("--batch-size", type=whole, default=1, help="of --latency (default 1)")
     add("--amp", choices=models.AMP, default="off", help="of --latency (default off)")
     add("--compile", action="store_true", help="of --latency: torch.compile the models")
@@ -285,7 +285,7 @@ def main(argv=None):
     if args.json != "-":
         size = "each size" if args.sizes else "{} x {} (H x W)".format(*args.size)
         print(f"one image of {size}, task {args.task}, {args.num_classes} classes; 1 MAC = a "
-              "multiply-add of conv, linear or matmul; FLOPs = 2 MACs; under a part's name: GMAC")
+              "multiply-add of conv, linear or matmul; FLOPs = 2 MACs; columns of parts are GMAC")
         if args.latency:
             print("times:", ", ".join(f"{key} {value}" for key, value in ran.items()))
         if args.rows:

@@ -851,7 +851,7 @@ class MlpHead(nn.Module):
 
 
 class MlpConcatHead(MlpHead):
-    """The same as the paper draws it: up-sample, concatenate, convolve, for 10x the cost."""
+    """The same decoder, weights and output, concatenated as the paper draws it: 10x the cost."""
     def mix(self, maps):
         levels = [resize(p(x), maps[0].shape[2:]) for p, x in zip(self.projections, maps)]
         return self.fuse.conv(torch.cat(levels[::-1], 1))

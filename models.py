@@ -350,8 +350,7 @@ def make_spec(name, **slots):
                 known = ", ".join(SLOTS[slot])
                 raise UserError(f"--{slot} {word!r} is not known; choose from: {known}")
         if len(words) not in ((1,) if slot == "head" else (1, 4)):
-            raise UserError(f"--{slot} {','.join(words)}: give one word, or four, one for each "
-                            "stage (a head has one word)")
+            raise UserError(f"--{slot} {','.join(words)}: give one word, or four (a head one word)")
         chosen[slot] = words[0] if len(set(words)) == 1 else words
     if chosen.get("head", MODELS[name].head) != MODELS[name].head:
         chosen["decoder"] = None                # it is the width of the row's own head
@@ -529,9 +528,9 @@ def map_file(path):
 def read_checkpoint(path):
     """Read a .pt, .pth, .bin or .safetensors file -> its content, on the CPU. It runs no code; what
     claims more than the file holds is refused. Errors: UserError."""
-    if pathlib.Path(path).suffix == ".safetensors":
-        return read_safetensors(path)
     try:
+        if pathlib.Path(path).suffix == ".safetensors":
+            return read_safetensors(path)
         if map_file(path).find(b"bytearray") >= 0:      # the one type that makes n bytes out of "n"
             raise UserError(f"{path}: holds a bytearray, which no weights need; refused")
         if zipfile.is_zipfile(path):
@@ -617,6 +616,8 @@ def read_safetensors(path):
 def lock_folder(output):
     """Make a run's folder and hold it alone: keep the open file, the lock ends with it. UserError
     where another process holds it (`.lock` names it), OSError where nothing can be written."""
+    if output.is_file():
+        raise UserError(f"--output-dir {output}: is a file; choose another")
     output.mkdir(parents=True, exist_ok=True)
     lock = open(output / ".lock", "a+")
     try:
@@ -640,8 +641,7 @@ def find_state(output, resume, settings):
     path, log = output / "last.pt", output / "log.jsonl"
     if not path.exists():
         if log.exists() and log.stat().st_size:
-            raise UserError(f"{output}: log.jsonl has the epochs of a run whose last.pt is gone; "
-                            "move it away or choose another --output-dir")
+            raise UserError(f"{output}: log.jsonl, but last.pt is gone; give a new --output-dir")
         if resume is None:
             return None
         path = pathlib.Path(resume)
